@@ -1,0 +1,1 @@
+"""The networks, with torchvision's attribute names."""

@@ -1,0 +1,1 @@
+"""SimCLR pretraining: loss, step, loop."""

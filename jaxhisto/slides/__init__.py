@@ -1,0 +1,1 @@
+"""Slides to tiles: reading, foreground, tiling, report. Imports no jax."""
