@@ -1,0 +1,94 @@
+"""SimCLR: encoder and projection head d -> d -> 128 (Chen et al. 2020), as published in 2020.
+
+The model is used functionally: `structure` gives its static part and the shapes of its two
+trees, `apply` runs it. Trees are plain nested dicts of arrays; only here do they meet NNX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxhisto.models.resnet import Numbered, build_resnet, feature_width
+
+Tree = dict[str, Any]
+
+
+class SimCLR(nnx.Module):
+    """Encoder, and the head whose output the loss compares."""
+
+    def __init__(self, name: str, projection: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        width = feature_width(name)
+        self.encoder = build_resnet(name, rngs, dtype)
+        # 1 and 3, as in the published checkpoints: fc.0 and fc.2 have no parameters.
+        self.projection = Numbered(
+            {1: _linear(width, width, rngs), 3: _linear(width, projection, rngs)}
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """(N, H, W, 3) normalised RGB to (N, projection) float32, not yet of unit length."""
+        hidden, out = (getattr(self.projection, name) for name in self.projection.names)
+        return out(nnx.relu(hidden(self.encoder(x, train=train))))
+
+
+def build_simclr(
+    name: str, projection: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+) -> SimCLR:
+    """A freshly initialised SimCLR model; `dtype` is that of the convolutions."""
+    return SimCLR(name, projection, rngs, dtype)
+
+
+def structure(
+    name: str, projection: int = 128, dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef, Tree, Tree]:
+    """The static part of the model and the shapes of (params, batch_stats), without memory."""
+    model = nnx.eval_shape(lambda: build_simclr(name, projection, nnx.Rngs(0), dtype))
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def init(name: str, projection: int, key: jax.Array) -> tuple[Tree, Tree]:
+    """Initial (params, batch_stats) as torchvision draws them; a function of the key alone."""
+    model = build_simclr(name, projection, nnx.Rngs(key))
+    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+
+def project(
+    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array, *, train: bool
+) -> tuple[jax.Array, Tree]:
+    """Runs encoder and head: (N, H, W, 3) to (N, 128), and the BatchNorm statistics after it."""
+    model = _merge(graphdef, params, batch_stats)
+    z = model(x, train=train)
+    return z, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def features(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array) -> jax.Array:
+    """Runs the encoder on its running statistics: (N, H, W, 3) to (N, d) float32."""
+    return _merge(graphdef, params, batch_stats).encoder(x)
+
+
+def _merge(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree) -> SimCLR:
+    # copy=True: without it BatchNorm's update under `grad` raises TraceContextError.
+    return nnx.merge(graphdef, nnx.State(params), nnx.State(batch_stats), copy=True)
+
+
+def _linear(width_in: int, width: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer that starts as PyTorch's: weight and bias U(-1, 1) / sqrt(width_in)."""
+    bound = width_in**-0.5
+
+    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(
+        width_in,
+        width,
+        kernel_init=uniform,
+        bias_init=uniform,
+        precision=jax.lax.Precision.HIGHEST,  # as float32 as the logits it feeds
+        rngs=rngs,
+    )

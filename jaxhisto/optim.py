@@ -1,0 +1,115 @@
+"""LARS, LAMB and Adam with the paper's rates, warm-up and cosine, and what they leave alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxhisto.config import OptimConfig
+from jaxhisto.errors import ConfigError
+
+EXEMPT = ("bias", "scale")
+"""Leaf names of biases and of BatchNorm's two parameters."""
+
+
+def build_optimizer(
+    config: OptimConfig, batch_size: int, steps: int, steps_per_epoch: float
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer and its learning rate.
+
+    Args:
+      config: name, rate, decay and warm-up.
+      batch_size: N, images in the global batch; the paper's rates depend on it.
+      steps: optimizer steps of the whole run, >= 1; the cosine ends at 0 there.
+      steps_per_epoch: optimizer steps in a pass over the data.
+
+    Returns:
+      The transformation, and the schedule: step (0-based) -> learning rate.
+    """
+    schedule = build_schedule(config, batch_size, steps, steps_per_epoch)
+    return _OPTIMIZERS[config.name](config, schedule), schedule
+
+
+def build_schedule(
+    config: OptimConfig, batch_size: int, steps: int, steps_per_epoch: float
+) -> optax.Schedule:
+    """Linear from 0 over the warm-up, then a cosine to 0 at `steps`, per step (ours).
+
+    Equal to `optax.warmup_cosine_decay_schedule`, which mixes integers and floats and so does
+    not trace under strict dtype promotion.
+    """
+    peak = peak_rate(config, batch_size)
+    warmup = warmup_steps(config, steps, steps_per_epoch)
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        t = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((t - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return peak * jnp.where(t < warmup, t / max(warmup, 1), 0.5 * (1 + jnp.cos(jnp.pi * done)))
+
+    return schedule
+
+
+def warmup_steps(config: OptimConfig, steps: int, steps_per_epoch: float) -> int:
+    """Steps of warm-up: `warmup_epochs`, but at most `warmup_share` of the run."""
+    return int(min(config.warmup_epochs * steps_per_epoch, config.warmup_share * steps))
+
+
+def peak_rate(config: OptimConfig, batch_size: int) -> float:
+    """The configured rate, or the paper's rule for a global batch of N images (sec. 4, C.6)."""
+    if config.rate is not None:
+        return config.rate
+    if config.name == "lars":
+        return 0.3 * batch_size / 256
+    if config.name == "lamb":
+        return 4 / (2 ** (3 - (math.log2(batch_size) - 9) / 2) * 100)
+    return 1e-4
+
+
+def decayed(params: Any) -> Any:
+    """True for each weight that decays and adapts, False for biases and BatchNorm, by name.
+
+    Raises:
+      ConfigError: a parameter's name and its number of axes contradict each other.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    flags = [path[-1].key not in EXEMPT for path, _ in leaves]
+    wrong = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for (path, leaf), flag in zip(leaves, flags, strict=True)
+        if flag != (leaf.ndim > 1)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)}: name and shape disagree on whether this is a weight; name "
+            f"vectors {' or '.join(EXEMPT)} and nothing else."
+        )
+    return jax.tree_util.tree_unflatten(treedef, flags)
+
+
+def _lars(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # The rate multiplies before the momentum buffer, as in google-research/simclr; the form
+    # with the rate outside it is another optimizer as soon as the rate changes.
+    return optax.lars(
+        schedule,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=decayed,
+        trust_coefficient=config.trust_coefficient,
+        trust_ratio_mask=decayed,
+        momentum=config.momentum,
+    )
+
+
+def _lamb(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.lamb(schedule, weight_decay=config.weight_decay, mask=decayed)
+
+
+def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # L2 in the gradient of every parameter, as torch.optim.Adam; not AdamW.
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule))
+
+
+_OPTIMIZERS = {"lars": _lars, "lamb": _lamb, "adam": _adam}

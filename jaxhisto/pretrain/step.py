@@ -1,0 +1,163 @@
+"""One optimizer step of SimCLR as a pure function of state and batch.
+
+The mesh is explicit and 1-D: the batch is sharded over `data`, the state lies on every device.
+All communication is BatchNorm's statistics, the all-gather of the projections in the loss, and
+the sum of the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxhisto.augment import two_views
+from jaxhisto.config import ModelConfig, PretrainConfig
+from jaxhisto.models import simclr
+from jaxhisto.optim import build_optimizer
+from jaxhisto.pretrain.loss import nt_xent
+
+Tree = dict[str, Any]
+Metrics = dict[str, jax.Array]
+LossAndGrads = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Metrics, Tree, Tree]]
+
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+WEIGHTS, VIEWS = 0, 1
+"""Streams of random numbers drawn from a run's one seed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a run needs to go on.
+
+    `step` is the number of steps taken, () int32. `params` and `batch_stats` are nested dicts
+    of float32 arrays with torchvision's names, `opt_state` is optax's.
+    """
+
+    step: jax.Array
+    params: Tree
+    batch_stats: Tree
+    opt_state: Any
+
+
+def init_state(
+    config: PretrainConfig, steps: int, steps_per_epoch: float, mesh: Mesh
+) -> TrainState:
+    """The state before the first step: a function of the seed, the same on any mesh."""
+    tx, _ = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
+
+    def fresh() -> TrainState:
+        key = stream(config.seed, WEIGHTS)
+        params, stats = simclr.init(config.model.name, config.model.projection, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+
+    # jit, so that each process of a pod computes its own copy and none is sent.
+    return jax.jit(fresh, out_shardings=NamedSharding(mesh, P()))()
+
+
+def make_train_step(
+    config: PretrainConfig, steps: int, steps_per_epoch: float
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+    """The compiled step; call it with the mesh set. The state passed in is consumed.
+
+    Returns:
+      (state, tiles (N, H, W, 3) uint8, sizes (N, 2) int32) -> (state, metrics), tiles and
+      sizes sharded over `data`. Metrics are () float32: `loss`, `rate`, `grad_norm` (L2 over
+      all parameters), `pos_sim`, `neg_sim`, `accuracy`.
+    """
+    loss_and_grads = make_loss_and_grads(config)
+    update = make_update(config, steps, steps_per_epoch)
+
+    def step(state: TrainState, tiles: jax.Array, sizes: jax.Array) -> tuple[TrainState, Metrics]:
+        views = augmented(config, state.step, tiles, sizes)
+        loss, metrics, stats, grads = loss_and_grads(state.params, state.batch_stats, views)
+        new, of_update = update(replace(state, batch_stats=stats), grads)
+        return new, {"loss": loss} | of_update | metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def augmented(
+    config: PretrainConfig, step: jax.Array, tiles: jax.Array, sizes: jax.Array
+) -> jax.Array:
+    """(N, 2, S, S, 3) float32 views in 0..1 of a batch of tiles: f(seed, step, row)."""
+    key = jax.random.fold_in(stream(config.seed, VIEWS), step)
+    return two_views(key, tiles, sizes, config.tile_px, config.augment)
+
+
+def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
+    """The pure function (params, batch_stats, views) -> (loss, metrics, batch_stats, grads).
+
+    `views` are (N, 2, S, S, 3) in 0..1; `grads` has the shape of `params`.
+    """
+    graphdef, _, _ = simclr.structure(
+        config.model.name, config.model.projection, DTYPES[config.precision]
+    )
+
+    def loss_of(params: Tree, batch_stats: Tree, views: jax.Array) -> tuple[jax.Array, Any]:
+        n, _, *image = views.shape
+        # Both views are one batch to BatchNorm. Merging axis 1 into the sharded axis 0 moves
+        # nothing; concatenating the views on the batch axis would.
+        images = normalise(views.reshape(2 * n, *image), config.model)
+        z, stats = simclr.project(graphdef, params, batch_stats, images, train=True)
+        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature)
+        return loss, (metrics, stats)
+
+    def loss_and_grads(
+        params: Tree, batch_stats: Tree, views: jax.Array
+    ) -> tuple[jax.Array, Metrics, Tree, Tree]:
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (metrics, stats)), grads = value_and_grad(params, batch_stats, views)
+        return loss, metrics, stats, grads
+
+    return loss_and_grads
+
+
+def make_update(
+    config: PretrainConfig, steps: int, steps_per_epoch: float
+) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
+    """The pure function (state, grads) -> (state one step on, {rate, grad_norm})."""
+    tx, schedule = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
+
+    def update(state: TrainState, grads: Tree) -> tuple[TrainState, Metrics]:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics = {"rate": rate, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, state.batch_stats, opt_state), metrics
+
+    return update
+
+
+def make_embed(model: ModelConfig) -> Callable[[Tree, Tree, jax.Array], jax.Array]:
+    """The compiled encoder in evaluation mode (running statistics), in float32.
+
+    Returns:
+      (params, batch_stats, images (n, H, W, 3) float32 in 0..1) -> (n, d) float32.
+    """
+    graphdef, _, _ = simclr.structure(model.name, model.projection)
+
+    def embed(params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
+        return simclr.features(graphdef, params, batch_stats, normalise(images, model))
+
+    return jax.jit(embed)
+
+
+def normalise(images: jax.Array, model: ModelConfig) -> jax.Array:
+    """(..., 3) RGB in 0..1 to the encoder's input, (x - mean) / std."""
+    shape = (1,) * (images.ndim - 1) + (3,)
+    mean = jnp.asarray(model.mean, images.dtype).reshape(shape)
+    std = jnp.asarray(model.std, images.dtype).reshape(shape)
+    return (images - mean) / std
+
+
+def stream(seed: int, number: int) -> jax.Array:
+    """The key of one stream of random numbers of a run."""
+    return jax.random.fold_in(jax.random.key(seed), number)

@@ -1,0 +1,295 @@
+"""Flax trees to and from PyTorch names, strict both ways, and the safetensors file between.
+
+One table, made from the model's own structure, says which tensor is which; both directions read
+it, so that they cannot drift apart. A file holds torchvision's names in PyTorch's layout, and
+the projection head as `fc.1` and `fc.3`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from jaxhisto import __version__
+from jaxhisto.config import PretrainConfig, to_json
+from jaxhisto.errors import ExportError
+from jaxhisto.models import resnet, simclr
+
+Array = NDArray[Any]
+Tree = dict[str, Any]
+
+FORMAT = "jaxhisto-encoder-1"
+GOLDEN_FORMAT = "jaxhisto-golden-1"
+PREFIX = {"encoder": "", "projection": "fc."}
+LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+AXES = {4: (3, 2, 0, 1), 2: (1, 0)}
+"""Our axes in PyTorch's order: HWIO to OIHW, (in, out) to (out, in); others stay."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: where it lies in our trees, and its shape there."""
+
+    collection: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape in PyTorch's layout."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Our axes in PyTorch's order."""
+        return AXES.get(len(self.shape), tuple(range(len(self.shape))))
+
+
+def table(arch: str, projection: int = 128) -> dict[str, Entry]:
+    """PyTorch name -> our tensor, for all of an architecture but `num_batches_tracked`."""
+    _, params, stats = simclr.structure(arch, projection)
+    return {
+        torch_name(path): Entry(collection, path, tuple(leaf.shape))
+        for collection, tree in (("params", params), ("batch_stats", stats))
+        for path, leaf in _leaves(tree)
+    }
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """`("encoder", "layer1", "0", "bn1", "mean")` -> `layer1.0.bn1.running_mean`."""
+    root, *inner, leaf = path
+    return PREFIX[root] + ".".join([*inner, LEAF[leaf]])
+
+
+def to_torch(params: Tree, batch_stats: Tree, arch: str, steps: int) -> dict[str, Array]:
+    """Our trees as PyTorch's state dict: float32, and int64 `num_batches_tracked`.
+
+    Args:
+      params: nested dict of arrays, encoder and projection.
+      batch_stats: nested dict of running statistics.
+      arch: a key of `models.resnet.BLOCKS`.
+      steps: training steps taken, which PyTorch's BatchNorm counts.
+
+    Raises:
+      ExportError: every tensor that is missing, left over or of another shape.
+    """
+    ours = {
+        (collection, path): np.asarray(leaf, np.float32)
+        for collection, tree in (("params", params), ("batch_stats", batch_stats))
+        for path, leaf in _leaves(tree)
+    }
+    entries = table(arch, _projection_width(params))
+    expected = {(e.collection, e.path): e.shape for e in entries.values()}
+    _check("the run's weights", arch, {k: v.shape for k, v in ours.items()}, expected)
+    tensors = {
+        name: np.ascontiguousarray(ours[entry.collection, entry.path].transpose(entry.axes))
+        for name, entry in entries.items()
+    }
+    return tensors | {name: np.asarray(steps, np.int64) for name in _counters(entries)}
+
+
+def from_torch(
+    tensors: Mapping[str, Array], arch: str, source: str = "state dict"
+) -> tuple[Tree, Tree]:
+    """PyTorch's state dict as our (params, batch_stats), float32; `source` names it in errors.
+
+    Raises:
+      ExportError: every tensor that is missing, left over or of another shape.
+    """
+    head = tensors.get("fc.3.weight")
+    entries = table(arch, 128 if head is None else head.shape[0])
+    expected: dict[str, tuple[int, ...]] = {n: e.torch_shape for n, e in entries.items()}
+    expected |= dict.fromkeys(_counters(entries), ())
+    _check(source, arch, {n: t.shape for n, t in tensors.items()}, expected)
+    trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
+    for name, entry in entries.items():
+        back = tensors[name].astype(np.float32).transpose(np.argsort(entry.axes))
+        _put(trees[entry.collection], entry.path, np.ascontiguousarray(back))
+    return trees["params"], trees["batch_stats"]
+
+
+def describe(
+    config: PretrainConfig,
+    *,
+    step: int,
+    data_hash: str,
+    mpp_range: tuple[float, float] | None = None,
+    stains: tuple[str, ...] | None = None,
+    licence: str = "",
+) -> dict[str, str]:
+    """The metadata of an encoder file: all that a user must know to feed it, and its origin.
+
+    Args:
+      config: the run's settings.
+      step: steps taken.
+      data_hash: hash of the tiles trained on.
+      mpp_range: smallest and largest um/px of these tiles, where known.
+      stains: their stains, where known.
+      licence: of the weights, where decided.
+    """
+    width = resnet.feature_width(config.model.name)
+    return {
+        "format": FORMAT,
+        "arch": config.model.name,
+        "feature_width": str(width),
+        "projection_width": str(config.model.projection),
+        "mean": json.dumps(list(config.model.mean)),
+        "std": json.dumps(list(config.model.std)),
+        "value_range": "[0.0, 1.0]",
+        "channel_order": "RGB",
+        "tile_px": str(config.tile_px),
+        "mpp_range": json.dumps(mpp_range and list(mpp_range)),
+        "stains": json.dumps(stains and list(stains)),
+        "data_hash": data_hash,
+        "step": str(step),
+        "config": to_json(config),
+        "code_version": __version__,
+        "licence": licence,
+    }
+
+
+def write_encoder(
+    path: Path | str, params: Tree, batch_stats: Tree, metadata: Mapping[str, str]
+) -> str:
+    """Writes encoder and head as safetensors; the file appears whole or not at all.
+
+    Args:
+      path: the file.
+      params, batch_stats: trees of arrays.
+      metadata: from `describe`; its `arch` and `step` are used here.
+
+    Returns:
+      SHA-256 of the file, which `write_golden` records.
+
+    Raises:
+      ExportError: tensors that do not fit `arch`, or a file that cannot be written.
+    """
+    tensors = to_torch(params, batch_stats, metadata["arch"], int(metadata["step"]))
+    data = save(tensors, dict(metadata))
+    _write(Path(path), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
+    """Reads (params, batch_stats, metadata) of a file that `write_encoder` wrote.
+
+    Raises:
+      ExportError: no such file, not an encoder of ours, or tensors that do not fit its `arch`.
+    """
+    tensors, metadata = _read(Path(path))
+    if metadata.get("format") != FORMAT or metadata.get("arch") not in resnet.BLOCKS:
+        raise ExportError(
+            f"{path}: format {metadata.get('format')!r}, architecture {metadata.get('arch')!r}, "
+            f"where {FORMAT!r} is needed; write the file with `jaxhisto export`."
+        )
+    params, batch_stats = from_torch(tensors, metadata["arch"], str(path))
+    return params, batch_stats, metadata
+
+
+def write_golden(path: Path | str, tiles: Array, features: Array, encoder_sha256: str) -> None:
+    """Writes tiles and the features JAX gives them, by which an export is verified.
+
+    Args:
+      path: the file; it appears whole or not at all.
+      tiles: (8, S, S, 3) uint8 RGB.
+      features: (8, d) float32, of (tile/255 - mean)/std in evaluation mode.
+      encoder_sha256: of the encoder file that gave them.
+    """
+    tensors = {
+        "tiles": np.ascontiguousarray(tiles, np.uint8),
+        "features": np.ascontiguousarray(features, np.float32),
+    }
+    metadata = {"format": GOLDEN_FORMAT, "encoder_sha256": encoder_sha256}
+    _write(Path(path), save(tensors, metadata))
+
+
+def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for name, value in tree.items():
+        here = (*path, name)
+        found += _leaves(value, here) if isinstance(value, dict) else [(here, value)]
+    return found
+
+
+def _put(tree: Tree, path: tuple[str, ...], value: Array) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = value
+
+
+def _counters(entries: Mapping[str, Entry]) -> list[str]:
+    """The `num_batches_tracked` that stands beside each `running_mean`."""
+    tail = "running_mean"
+    return [n.removesuffix(tail) + "num_batches_tracked" for n in entries if n.endswith(tail)]
+
+
+def _projection_width(params: Tree) -> int:
+    last = params.get("projection", {}).get("3", {}).get("kernel")
+    return 128 if last is None else int(last.shape[-1])
+
+
+def _check(
+    source: str,
+    arch: str,
+    found: Mapping[Any, tuple[int, ...]],
+    expected: Mapping[Any, tuple[int, ...]],
+) -> None:
+    """Raises ExportError with all differences between two tables of shapes."""
+    wrong = [f"{_dotted(k)} missing" for k in expected if k not in found]
+    wrong += [f"{_dotted(k)} unexpected" for k in found if k not in expected]
+    wrong += [
+        f"{_dotted(k)} is {tuple(found[k])}, not {shape}"
+        for k, shape in expected.items()
+        if k in found and tuple(found[k]) != shape
+    ]
+    if wrong:
+        raise ExportError(
+            f"{source}: {len(wrong)} tensors do not fit {arch} ({'; '.join(wrong)}); "
+            "name the architecture the weights were made with."
+        )
+
+
+def _dotted(key: Any) -> str:
+    return key if isinstance(key, str) else ".".join([key[0], *key[1]])
+
+
+def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 safe_open is no mapping
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{path}: not a readable safetensors file ({error}); "
+            "write it again with `jaxhisto export`."
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ExportError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another folder."
+        ) from error
