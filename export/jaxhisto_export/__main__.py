@@ -1,0 +1,73 @@
+"""`python -m jaxhisto_export verify|convert`: torch, numpy and safetensors are enough."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxhisto_export.errors import ExportFileError
+
+NEEDED = ("torch", "numpy", "safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0 if all is well, 1 for a failure, 2 for usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except ExportFileError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in NEEDED:
+            raise
+        print(f"{error.name} is not installed: pip install {' '.join(NEEDED)}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jaxhisto_export", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verify = verbs.add_parser("verify", help="check an exported file")
+    verify.add_argument("file", type=Path, metavar="FILE")
+    verify.set_defaults(run=_verify)
+    convert = verbs.add_parser("convert", help="encoder.safetensors -> a PyTorch file")
+    convert.add_argument("encoder", type=Path, metavar="ENCODER.safetensors")
+    convert.add_argument("--layout", choices=("published", "torchvision"), default="published")
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE")
+    convert.add_argument("--golden", type=Path, help="default: golden.safetensors beside ENCODER")
+    convert.add_argument("--fc", choices=("none", "zero"), default="none")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jaxhisto_export.verify import verify
+
+    result = verify(arguments.file)
+    print(*result.lines, sep="\n")
+    for problem in result.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print("verified" if result.ok else f"NOT VERIFIED, {len(result.problems)} problems")
+    return 0 if result.ok else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from jaxhisto_export.layouts import convert
+
+    golden = arguments.golden
+    beside = arguments.encoder.with_name("golden.safetensors")
+    if golden is None and beside.is_file():
+        golden = beside
+    layout, out, fc = arguments.layout, arguments.out, arguments.fc
+    for path in convert(arguments.encoder, layout, out, golden, fc):
+        print(f"wrote {path}")
+    print(f"next: python -m jaxhisto_export verify {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
