@@ -2,6 +2,7 @@
 
 Attributes carry torchvision's names, so that a parameter's path is its PyTorch key:
 `layer1.0.conv1.kernel` is `layer1.0.conv1.weight`. Images are (N, H, W, C), kernels HWIO.
+A module built here gives structure; its weights come from `initial.py` or from a file.
 """
 
 from __future__ import annotations
@@ -41,18 +42,20 @@ class Numbered(nnx.Module):
         for number, child in children.items():
             setattr(self, str(number), child)
 
-    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
-        for name in self.names:
-            x = getattr(self, name)(x, **options)
+    def in_order(self) -> list[Any]:
+        """The children."""
+        return [getattr(self, name) for name in self.names]
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        for child in self.in_order():
+            x = child(x, train=train)
         return x
 
 
 class Conv(nnx.Conv):
-    """Convolution without bias; torchvision's initialisation, padding as in PyTorch."""
+    """Convolution without bias, padded as in PyTorch."""
 
-    def __init__(
-        self, width_in: int, width: int, side: int, stride: int, rngs: nnx.Rngs, dtype: DTypeLike
-    ):
+    def __init__(self, width_in: int, width: int, side: int, stride: int, dtype: DTypeLike):
         super().__init__(
             width_in,
             width,
@@ -64,13 +67,9 @@ class Conv(nnx.Conv):
             dtype=dtype,
             # float32 means float32: without this a GPU takes TF32 and a TPU bfloat16.
             precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
-            kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            rngs=rngs,
+            kernel_init=nnx.initializers.zeros_init(),
+            rngs=nnx.Rngs(0),
         )
-
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """(N, H, W, C_in) to (N, H', W', C_out); the same in training and evaluation."""
-        return super().__call__(x)
 
 
 class BatchNorm(nnx.Module):
@@ -110,17 +109,29 @@ class BatchNorm(nnx.Module):
         return mean, var
 
 
+class Shortcut(Numbered):
+    """1x1 convolution and BatchNorm, where a block changes the shape."""
+
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
+        super().__init__({0: Conv(width_in, width, 1, stride, dtype), 1: BatchNorm(width)})
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        conv, norm = self.in_order()
+        return norm(conv(x), train=train)
+
+
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions and a shortcut."""
 
     expansion = 1
 
-    def __init__(self, width_in: int, width: int, stride: int, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv1 = Conv(width_in, width, 3, stride, rngs, dtype)
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
+        self.conv1 = Conv(width_in, width, 3, stride, dtype)
         self.bn1 = BatchNorm(width)
-        self.conv2 = Conv(width, width, 3, 1, rngs, dtype)
+        self.conv2 = Conv(width, width, 3, 1, dtype)
         self.bn2 = BatchNorm(width)
-        self.downsample = _shortcut(width_in, width, stride, rngs, dtype)
+        changes = stride != 1 or width_in != width
+        self.downsample = Shortcut(width_in, width, stride, dtype) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -133,14 +144,15 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, width_in: int, width: int, stride: int, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv1 = Conv(width_in, width, 1, 1, rngs, dtype)
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
+        self.conv1 = Conv(width_in, width, 1, 1, dtype)
         self.bn1 = BatchNorm(width)
-        self.conv2 = Conv(width, width, 3, stride, rngs, dtype)
+        self.conv2 = Conv(width, width, 3, stride, dtype)
         self.bn2 = BatchNorm(width)
-        self.conv3 = Conv(width, width * 4, 1, 1, rngs, dtype)
+        self.conv3 = Conv(width, width * 4, 1, 1, dtype)
         self.bn3 = BatchNorm(width * 4)
-        self.downsample = _shortcut(width_in, width * 4, stride, rngs, dtype)
+        changes = stride != 1 or width_in != width * 4
+        self.downsample = Shortcut(width_in, width * 4, stride, dtype) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -154,24 +166,20 @@ class ResNet(nnx.Module):
 
     Args:
       name: a key of BLOCKS.
-      rngs: source of the initial weights.
       dtype: of the convolutions; parameters and BatchNorm stay float32.
     """
 
-    def __init__(self, name: str, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, name: str, dtype: DTypeLike = jnp.float32):
         block = Bottleneck if name in BOTTLENECK else BasicBlock
         self.dtype = dtype
-        self.conv1 = Conv(3, 64, 7, 2, rngs, dtype)
+        self.conv1 = Conv(3, 64, 7, 2, dtype)
         self.bn1 = BatchNorm(64)
-        width_in = 64
-        for stage, count in enumerate(BLOCKS[name]):
-            width = 64 * 2**stage
-            blocks: dict[int, nnx.Module] = {}
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                blocks[i] = block(width_in, width, stride, rngs, dtype)
-                width_in = width * block.expansion
-            setattr(self, f"layer{stage + 1}", Numbered(blocks))
+        counts = BLOCKS[name]
+        grown = 64 * block.expansion
+        self.layer1 = _stage(block, counts[0], 64, 64, 1, dtype)
+        self.layer2 = _stage(block, counts[1], grown, 128, 2, dtype)
+        self.layer3 = _stage(block, counts[2], 2 * grown, 256, 2, dtype)
+        self.layer4 = _stage(block, counts[3], 4 * grown, 512, 2, dtype)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, d) float32 features (average over the map)."""
@@ -187,15 +195,20 @@ def max_pool(x: jax.Array) -> jax.Array:
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
-def build_resnet(name: str, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> ResNet:
-    """A freshly initialised ResNet; `name` is one of `resnet10, 18, 34, 50, 101`."""
-    return ResNet(name, rngs, dtype)
+def build_resnet(name: str, dtype: DTypeLike = jnp.float32) -> ResNet:
+    """An encoder without weights; `name` is one of `resnet10, 18, 34, 50, 101`."""
+    return ResNet(name, dtype)
 
 
-def _shortcut(
-    width_in: int, width: int, stride: int, rngs: nnx.Rngs, dtype: DTypeLike
-) -> Numbered | None:
-    """1x1 convolution and BatchNorm where the shape changes; nothing (None) elsewhere."""
-    if stride == 1 and width_in == width:
-        return None
-    return Numbered({0: Conv(width_in, width, 1, stride, rngs, dtype), 1: BatchNorm(width)})
+def _stage(
+    block: type[BasicBlock] | type[Bottleneck],
+    count: int,
+    width_in: int,
+    width: int,
+    stride: int,
+    dtype: DTypeLike,
+) -> Numbered:
+    """`count` blocks, the first of which strides and widens."""
+    first = {0: block(width_in, width, stride, dtype)}
+    grown = width * block.expansion
+    return Numbered(first | {i: block(grown, width, 1, dtype) for i in range(1, count)})

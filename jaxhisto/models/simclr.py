@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxhisto.models.initial import initial
 from jaxhisto.models.resnet import Numbered, build_resnet, feature_width
 
 Tree = dict[str, Any]
@@ -21,41 +22,36 @@ Tree = dict[str, Any]
 class SimCLR(nnx.Module):
     """Encoder, and the head whose output the loss compares."""
 
-    def __init__(self, name: str, projection: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, name: str, projection: int, dtype: DTypeLike = jnp.float32):
         width = feature_width(name)
-        self.encoder = build_resnet(name, rngs, dtype)
+        self.encoder = build_resnet(name, dtype)
         # 1 and 3, as in the published checkpoints: fc.0 and fc.2 have no parameters.
-        self.projection = Numbered(
-            {1: _linear(width, width, rngs), 3: _linear(width, projection, rngs)}
-        )
+        self.projection = Numbered({1: _linear(width, width), 3: _linear(width, projection)})
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, projection) float32, not yet of unit length."""
-        hidden, out = (getattr(self.projection, name) for name in self.projection.names)
+        hidden, out = self.projection.in_order()
         return out(nnx.relu(hidden(self.encoder(x, train=train))))
 
 
-def build_simclr(
-    name: str, projection: int, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
-) -> SimCLR:
-    """A freshly initialised SimCLR model; `dtype` is that of the convolutions."""
-    return SimCLR(name, projection, rngs, dtype)
+def build_simclr(name: str, projection: int, dtype: DTypeLike = jnp.float32) -> SimCLR:
+    """A SimCLR model without weights; `dtype` is that of the convolutions."""
+    return SimCLR(name, projection, dtype)
 
 
 def structure(
     name: str, projection: int = 128, dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """The static part of the model and the shapes of (params, batch_stats), without memory."""
-    model = nnx.eval_shape(lambda: build_simclr(name, projection, nnx.Rngs(0), dtype))
+    model = nnx.eval_shape(lambda: build_simclr(name, projection, dtype))
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def init(name: str, projection: int, key: jax.Array) -> tuple[Tree, Tree]:
-    """Initial (params, batch_stats) as torchvision draws them; a function of the key alone."""
-    model = build_simclr(name, projection, nnx.Rngs(key))
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+def init(name: str, projection: int, seed: int) -> tuple[Tree, Tree]:
+    """Initial (params, batch_stats) on the host, as torchvision draws them."""
+    _, params, stats = structure(name, projection)
+    return initial(params, seed), initial(stats, seed)
 
 
 def project(
@@ -77,18 +73,11 @@ def _merge(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree) -> SimCLR:
     return nnx.merge(graphdef, nnx.State(params), nnx.State(batch_stats), copy=True)
 
 
-def _linear(width_in: int, width: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer that starts as PyTorch's: weight and bias U(-1, 1) / sqrt(width_in)."""
-    bound = width_in**-0.5
-
-    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+def _linear(width_in: int, width: int) -> nnx.Linear:
     return nnx.Linear(
         width_in,
         width,
-        kernel_init=uniform,
-        bias_init=uniform,
+        kernel_init=nnx.initializers.zeros_init(),
         precision=jax.lax.Precision.HIGHEST,  # as float32 as the logits it feeds
-        rngs=rngs,
+        rngs=nnx.Rngs(0),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -28,8 +29,6 @@ Metrics = dict[str, jax.Array]
 LossAndGrads = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Metrics, Tree, Tree]]
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
-WEIGHTS, VIEWS = 0, 1
-"""Streams of random numbers drawn from a run's one seed."""
 
 
 @jax.tree_util.register_dataclass
@@ -52,14 +51,20 @@ def init_state(
 ) -> TrainState:
     """The state before the first step: a function of the seed, the same on any mesh."""
     tx, _ = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
+    params, stats = simclr.init(config.model.name, config.model.projection, config.seed)
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    return replicate(state, mesh)
 
-    def fresh() -> TrainState:
-        key = stream(config.seed, WEIGHTS)
-        params, stats = simclr.init(config.model.name, config.model.projection, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
 
-    # jit, so that each process of a pod computes its own copy and none is sent.
-    return jax.jit(fresh, out_shardings=NamedSharding(mesh, P()))()
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays on every device; each process gives its own copy, none is sent."""
+
+    def place(leaf: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        sharding = NamedSharding(mesh, P())
+        return jax.make_array_from_callback(host.shape, sharding, lambda _: host)
+
+    return jax.tree.map(place, tree)
 
 
 def make_train_step(
@@ -88,8 +93,15 @@ def augmented(
     config: PretrainConfig, step: jax.Array, tiles: jax.Array, sizes: jax.Array
 ) -> jax.Array:
     """(N, 2, S, S, 3) float32 views in 0..1 of a batch of tiles: f(seed, step, row)."""
-    key = jax.random.fold_in(stream(config.seed, VIEWS), step)
-    return two_views(key, tiles, sizes, config.tile_px, config.augment)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    # The compiler may place what lies inside: each row is its own, so nothing has to move, and
+    # the augmentation need not say where each of its reshapes lies.
+    @jax.sharding.auto_axes
+    def views(key: jax.Array, tiles: jax.Array, sizes: jax.Array) -> jax.Array:
+        return two_views(key, tiles, sizes, config.tile_px, config.augment)
+
+    return views(key, tiles, sizes, out_sharding=P("data"))
 
 
 def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
@@ -156,8 +168,3 @@ def normalise(images: jax.Array, model: ModelConfig) -> jax.Array:
     mean = jnp.asarray(model.mean, images.dtype).reshape(shape)
     std = jnp.asarray(model.std, images.dtype).reshape(shape)
     return (images - mean) / std
-
-
-def stream(seed: int, number: int) -> jax.Array:
-    """The key of one stream of random numbers of a run."""
-    return jax.random.fold_in(jax.random.key(seed), number)
