@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,12 @@ Config = TypeVar("Config")
 
 OPERATIONAL: dict[str, Any] = {"operational": True}
 POSITIONAL: dict[str, Any] = {"positional": True}
+MANY = 2**31 - 1
+
+
+def within(default: Any, low: float, high: float, **meta: Any) -> Any:
+    """A field whose number, or each of whose numbers, must lie in low..high."""
+    return field(default=default, metadata={"range": (low, high), **meta})
 
 
 @dataclass(frozen=True)
@@ -36,34 +41,34 @@ class TileConfig:
     """Folder of the tile store; made if absent, completed if an earlier run was stopped."""
     dataset: str = ""
     """Dataset name stored with each tile; empty: the name of the store's folder."""
-    tile_px: int = 224
+    tile_px: int = within(224, 8, 8192)
     """Side of a tile in pixels (paper: 224)."""
-    tile_mpp: float | None = None
+    tile_mpp: float | None = within(None, 0.01, 100)
     """Pixel size of the tiles in um/px; none: each slide's own highest resolution (paper)."""
-    mpp: float | None = None
+    mpp: float | None = within(None, 0.01, 100)
     """Pixel size at level 0 in um/px for slides that do not state one."""
     mpp_source: Literal["flag", "assumed"] = "flag"
     """What `--mpp` is recorded as: `flag`, a figure you know, or `assumed`, a guess."""
     foreground: Literal["ciga2022", "otsu", "od"] = "ciga2022"
     """Foreground rule: `ciga2022` (paper, App. B: violet to pink in OpenCV's units), `otsu`
     (on saturation) or `od` (haematoxylin + eosin optical density)."""
-    close_um: float = 100.0
+    close_um: float = within(100.0, 0, 2000)
     """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off. Ours."""
-    min_foreground: float = 0.5
+    min_foreground: float = within(0.5, 0, 1)
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
-    max_tiles: int = 100
+    max_tiles: int = within(100, 0, MANY)
     """Most tiles taken of one slide, drawn at random (paper: 100); 0: all."""
     seed: int = 0
     """Seed of the draw; a slide's tiles depend on (seed, slide id) alone."""
-    jpeg_quality: int = 95
+    jpeg_quality: int = within(95, 1, 100)
     """JPEG quality of the stored tiles, 1..100. Ours."""
     jpeg_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:4:4"
     """Chroma subsampling of the stored tiles; stains live in chroma, so 4:4:4. Ours."""
-    failures_allowed: int = field(default=0, metadata=OPERATIONAL)
+    failures_allowed: int = within(0, 0, MANY, operational=True)
     """Slides that may fail before the exit code is 1; the store is complete without them."""
-    processes: int = field(default=0, metadata=OPERATIONAL)
+    processes: int = within(0, 0, MANY, operational=True)
     """Slides cut at the same time, each in a process of its own; 0: one a core."""
-    slide_timeout: float = field(default=3600.0, metadata=OPERATIONAL)
+    slide_timeout: float = within(3600.0, 1, 1e7, operational=True)
     """Seconds after which a slide's process is ended and the slide counted as failed."""
 
 
@@ -76,13 +81,13 @@ class DataConfig:
     exclude: tuple[str, ...] = ()
     """Shell patterns of what is left out: names relative to an image folder, slide ids of a
     store; `C5_*` keeps a test section out."""
-    max_side: int = 512
+    max_side: int = within(512, 32, 8192)
     """Images of a folder with a longer side are cut into equal cells no longer, px. Ours."""
-    failures_allowed: int = 0
+    failures_allowed: int = within(0, 0, MANY)
     """Images of a folder that may be unreadable; they are dropped, counted and listed."""
-    threads: int = field(default=0, metadata=OPERATIONAL)
+    threads: int = within(0, 0, MANY, operational=True)
     """Threads that read and decode; 0: one a core."""
-    prefetch: int = field(default=4, metadata=OPERATIONAL)
+    prefetch: int = within(4, 0, MANY, operational=True)
     """Batches decoded ahead."""
 
 
@@ -90,9 +95,9 @@ class DataConfig:
 class AugmentConfig:
     """The random view of a tile (paper: App. C)."""
 
-    crop_area: tuple[float, float] = (0.01, 1.0)
+    crop_area: tuple[float, float] = within((0.01, 1.0), 1e-6, 1, ordered=True)
     """Area of the random crop as a share of the tile (paper: 1..100 % is best)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[float, float] = within((3 / 4, 4 / 3), 0.01, 100, ordered=True)
     """Aspect ratio of the crop, log-uniform. Ours."""
     rot90: bool = True
     """Turn by 0, 90, 180 or 270 degrees, 25 % each (paper)."""
@@ -101,13 +106,13 @@ class AugmentConfig:
     jitter: Literal["none", "light", "medium", "heavy"] = "medium"
     """Brightness, contrast, saturation, hue: light .4 .4 .4 .2, medium .8 .8 .8 .2 (paper's
     best), heavy .8 .8 .8 .4."""
-    jitter_probability: float = 0.8
+    jitter_probability: float = within(0.8, 0, 1)
     """Share of views that are jittered. Ours."""
-    grey_probability: float = 0.0
+    grey_probability: float = within(0.0, 0, 1)
     """Share of views turned grey; the paper names none, google-research/simclr has 0.2. Ours."""
-    blur_probability: float = 0.5
+    blur_probability: float = within(0.5, 0, 1)
     """Share of views that are blurred (paper)."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = within((0.1, 2.0), 1e-3, 100, ordered=True)
     """Range of the Gaussian's sigma in pixels, uniform (paper); the kernel is a tenth of the
     side (23 taps at 224)."""
 
@@ -118,11 +123,11 @@ class ModelConfig:
 
     name: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
     """Encoder; resnet10 has one block a stage and is for smoke runs."""
-    projection: int = 128
+    projection: int = within(128, 1, 65536)
     """Width of z (paper: 128)."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean that is subtracted from RGB in 0..1 (published weights: 0.5)."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = within((0.5, 0.5, 0.5), 1e-3, 10)
     """Standard deviation that RGB in 0..1 is divided by (published weights: 0.5)."""
 
 
@@ -132,20 +137,20 @@ class OptimConfig:
 
     name: Literal["lars", "lamb", "adam"] = "lars"
     """Optimizer (paper: LARS, LAMB and Adam compared in C.6)."""
-    temperature: float = 0.1
+    temperature: float = within(0.1, 1e-4, 1e4)
     """NT-Xent's tau (paper's best: 0.1, Table C.6)."""
-    rate: float | None = None
+    rate: float | None = within(None, 0, 1e4)
     """Peak learning rate; none: the paper's rule (LARS 0.3 N/256, LAMB 0.005 at N = 512,
     Adam 1e-4)."""
-    weight_decay: float = 1e-6
+    weight_decay: float = within(1e-6, 0, 10)
     """Weight decay (paper); biases and BatchNorm are exempt under LARS and LAMB (ours)."""
-    momentum: float = 0.9
+    momentum: float = within(0.9, 0, 1)
     """LARS momentum. Ours, as google-research/simclr."""
-    trust_coefficient: float = 0.001
+    trust_coefficient: float = within(0.001, 0, 10)
     """LARS trust coefficient. Ours, as google-research/simclr."""
-    warmup_epochs: float = 10.0
+    warmup_epochs: float = within(10.0, 0, 1e6)
     """Linear warm-up from 0, epochs, at most `warmup_share` of the steps. Ours."""
-    warmup_share: float = 0.1
+    warmup_share: float = within(0.1, 0, 1)
     """Longest warm-up as a share of all steps. Ours."""
 
 
@@ -155,13 +160,13 @@ class PretrainConfig:
 
     out: str
     """Run folder; the same folder again resumes."""
-    steps: int | None = None
+    steps: int | None = within(None, 1, MANY)
     """Optimizer steps; replaces `epochs`."""
-    epochs: float | None = None
+    epochs: float | None = within(None, 1e-6, 1e9)
     """Passes over the data (paper: 1000, taken when neither is given)."""
-    batch_size: int = 512
+    batch_size: int = within(512, 2, MANY)
     """Images N in the global batch, over all devices; 2N views (paper: 512)."""
-    tile_px: int = 224
+    tile_px: int = within(224, 8, 8192)
     """Side of a view in pixels: the crop comes from the whole tile and is resized once."""
     seed: int = 0
     """Order, augmentation and initial weights are functions of (seed, step, row)."""
@@ -173,34 +178,112 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     extend: bool = field(default=False, metadata=OPERATIONAL)
     """Allow an existing run to get another number of steps (changes the cosine schedule)."""
-    checkpoint_every: int = field(default=1000, metadata=OPERATIONAL)
+    checkpoint_every: int = within(1000, 1, MANY, operational=True)
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = field(default=3, metadata=OPERATIONAL)
+    keep: int = within(3, 1, MANY, operational=True)
     """Newest checkpoints kept."""
-    devices: int = field(default=0, metadata=OPERATIONAL)
+    devices: int = within(0, 0, MANY, operational=True)
     """Devices to shard the batch over; 0: all."""
-    log_every: int = field(default=50, metadata=OPERATIONAL)
+    log_every: int = within(50, 1, MANY, operational=True)
     """Steps between progress lines where there is no terminal; every step is recorded."""
     tensorboard: bool = field(default=False, metadata=OPERATIONAL)
     """Also write TensorBoard events (extra `tensorboard`)."""
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write the encoder of a run as a PyTorch file."""
+
+    run: str = field(metadata=POSITIONAL)
+    """Run folder of `jaxhisto pretrain`; its newest checkpoint is taken."""
+    out: str
+    """The PyTorch file to write; an earlier one is replaced when the new one is whole."""
+    layout: Literal["published", "torchvision"] = "published"
+    """`published`: state_dict under model.resnet., head last, as the released weights;
+    `torchvision`: flat, for a strict load into a stock ResNet."""
+    fc: Literal["none", "zero"] = "none"
+    """Of layout torchvision: leave `fc` out, or write a zero one of 1000 classes."""
+    licence: str = ""
+    """Licence of the weights, written into the file."""
+    stains: tuple[str, ...] = ()
+    """Stains of the tiles trained on, written into the file: H&E, IHC."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check an exported file against a stock torchvision ResNet."""
+
+    file: str = field(metadata=POSITIONAL)
+    """The PyTorch file."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole chain: slide, tiles, pretraining, PyTorch file, verification."""
+
+    out: str = "demo"
+    """Folder of everything the demo writes; made anew each time."""
+    slides: str = ""
+    """A folder of your own slides; empty: the micrograph that ships with scikit-image."""
+    mpp: float | None = within(None, 0.01, 100)
+    """Pixel size in um/px for slides of yours that state none."""
+    foreground: Literal["", "ciga2022", "otsu", "od"] = ""
+    """Foreground rule; empty: `otsu` for the micrograph, `ciga2022` for slides of yours."""
+    tile_px: int = within(64, 32, 1024)
+    """Side of tiles and views in pixels."""
+    steps: int = within(40, 1, MANY)
+    """Optimizer steps."""
+    batch_size: int = within(32, 2, MANY)
+    """Images in a batch."""
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
+    """Encoder."""
+
+
 def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
     """Builds a config from `[CONFIG.toml] --flags`; the flags win over the file.
 
-    The file is read as the flags it stands for, so one parser checks both.
+    The file is read as the flags it stands for, so that one parser checks both.
 
     Raises:
-      ConfigError: unknown key or a value that does not parse, with a suggestion.
-      SystemExit: `--help` (0), or what the parser itself refuses (2).
+      ConfigError: a file that is absent or no TOML, or an unknown key (with a suggestion).
+      SystemExit: `--help` (0), or a flag that the parser refuses (2).
     """
     import tyro
 
     args = list(argv)
-    if args and args[0].endswith(".toml") or (args and _shipped(args[0]) and not _positional(cls)):
+    if args and (args[0].endswith(".toml") or args[0] in shipped_configs()):
         path = _config_file(args.pop(0))
-        args = _without_overridden(_file_flags(cls, path), args) + args
-    return tyro.cli(_tyro_type(cls), args=args, prog=f"jaxhisto {verb}", description=cls.__doc__)
+        args = _file_flags(cls, path, args) + args
+    parsed = tyro.cli(
+        _with_positionals(cls),
+        args=args,
+        prog=f"jaxhisto {verb}",
+        description=cls.__doc__,
+    )
+    return check(_plain(cls, parsed))
+
+
+def check(config: Config) -> Config:
+    """The same config, once every number is inside its range.
+
+    Raises:
+      ConfigError: naming the first field that is not, and its range.
+    """
+    for name, value, meta in _leaves(config):
+        low, high = meta.get("range", (None, None))
+        values = value if isinstance(value, tuple) else (value,)
+        if low is not None and any(v is not None and not low <= v <= high for v in values):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must lie in {low}..{high}.")
+        if meta.get("ordered") and not values[0] <= values[-1]:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: the first must not be larger.")
+    return config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The recipes that come with the package, by bare name."""
+    installed = Path(__file__).parent / "configs"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def to_json(config: Any) -> str:
@@ -209,16 +292,126 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: type[Config], text: str) -> Config:
-    """Reads what `to_json` wrote; unknown keys raise ConfigError."""
-    return _build(cls, json.loads(text))
+    """Reads what `to_json` wrote; a key that this version does not know raises ConfigError."""
+    return check(_build(cls, json.loads(text), "config.json"))
 
 
 def identity(config: Any) -> dict[str, Any]:
     """The dotted fields that make two runs the same run: all that are not operational."""
-    return {name: value for name, value, meta in _fields(config) if not meta.get("operational")}
+    return {name: value for name, value, meta in _leaves(config) if not meta.get("operational")}
 
 
-def differences(ours: Any, theirs: Any) -> list[str]:
-    """`field: theirs -> ours` for each identity field in which two configs differ."""
-    a, b = identity(ours), identity(theirs)
-    return [f"{k}: {b.get(k)} -> {a.get(k)}" for k in a | b if a.get(k) != b.get(k)]
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """`field: theirs -> ours` for each field in which two identities differ."""
+    names = list(dict.fromkeys([*theirs, *ours]))
+    return [
+        f"{name}: {theirs.get(name)} -> {ours.get(name)}"
+        for name in names
+        if _comparable(theirs.get(name)) != _comparable(ours.get(name))
+    ]
+
+
+def _comparable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value, f.metadata
+
+
+def _positional(hint: Any) -> Any:
+    import tyro
+
+    return tyro.conf.Positional[hint]
+
+
+def _with_positionals(cls: type[Config]) -> type[Config]:
+    """The same dataclass with its positional fields marked for the parser."""
+    hints = get_type_hints(cls)
+    marked = {
+        f.name: _positional(hints[f.name]) for f in _fields(cls) if f.metadata.get("positional")
+    }
+    if not marked:
+        return cls
+    namespace = {"__annotations__": marked, "__doc__": cls.__doc__, "__module__": cls.__module__}
+    return dataclass(frozen=True)(type(cls.__name__, (cls,), namespace))
+
+
+def _plain(cls: type[Config], parsed: Any) -> Config:
+    return cls(**{f.name: getattr(parsed, f.name) for f in _fields(cls)})
+
+
+def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls)
+
+
+def _config_file(name: str) -> Path:
+    path = Path(name)
+    if not path.exists():
+        path = shipped_configs().get(path.stem if path.parent == Path() else name, path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{name}: no such file; give a TOML file or one of {', '.join(shipped_configs())}."
+        )
+    return path
+
+
+# On the command line one of these replaces the other in the file.
+_EITHER = ({"steps", "epochs"},)
+
+
+def _file_flags(cls: type[Any], path: Path, args: Sequence[str]) -> list[str]:
+    """The file as flags, without those that the command line replaces."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML ({error}); mend that line.") from error
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in args if a.startswith("--")}
+    for pair in _EITHER:
+        if pair & given:
+            given |= pair
+    flags: list[str] = []
+    for name, value in _flat(cls, table, str(path)):
+        if name not in given:
+            flags += _words(name.replace("_", "-"), value)
+    return flags
+
+
+def _flat(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[Any]:
+    hints = get_type_hints(cls)
+    for key, value in table.items():
+        _known(key, list(hints), where, prefix)
+        if dataclasses.is_dataclass(hints[key]):
+            yield from _flat(hints[key], value, where, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _known(key: str, names: list[str], where: str, prefix: str) -> None:
+    if key in names:
+        return
+    near = difflib.get_close_matches(key, names, 1)
+    remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(names)}."
+    raise ConfigError(f"{where}: unknown key {prefix}{key}; {remedy}")
+
+
+def _words(flag: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        group, _, name = flag.rpartition(".")
+        return [f"--{group}.{'' if value else 'no-'}{name}".replace("--.", "--")]
+    return [f"--{flag}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+
+
+def _build(cls: type[Config], table: Mapping[str, Any], where: str, prefix: str = "") -> Config:
+    hints, values = get_type_hints(cls), {}
+    for key, value in table.items():
+        _known(key, list(hints), where, prefix)
+        if dataclasses.is_dataclass(hints[key]):
+            value = _build(hints[key], value, where, f"{prefix}{key}.")
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

@@ -1,0 +1,121 @@
+"""Checkpoints of a run, by Orbax: written in the background, atomic, newest `keep` kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxhisto.errors import RunError
+
+State = TypeVar("State")
+
+
+class Checkpoints:
+    """The checkpoints under RUN/checkpoints: plain nested dicts, no framework objects."""
+
+    def __init__(self, run: str | Path, keep: int) -> None:
+        self.directory = Path(run).resolve() / "checkpoints"
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            # Every step handed over is saved; the loop decides which ones are.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, none when there is none."""
+        latest = self._orbax.latest
+        return None if latest is None else int(latest.step)
+
+    def save_async(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Copies the state off the device, then writes it while training goes on.
+
+        Raises:
+          RunError: an earlier write failed (disk full, folder read-only).
+        """
+        with self._refuse_to_lose(step):
+            if self.latest_step != step:
+                self._orbax.save_async(step, _as_dict(state), custom_metadata=metadata)
+
+    def wait(self) -> None:
+        """Returns when all that was handed over is on disk."""
+        with self._refuse_to_lose(self.latest_step or 0):
+            self._orbax.wait()
+
+    def restore(self, like: State, step: int | None = None) -> State:
+        """The newest state (or that of `step`), with the shapes and shardings of `like`.
+
+        Args:
+          like: a state of arrays or of `jax.ShapeDtypeStruct` with sharding.
+        """
+        loaded = self._orbax.load(step, jax.tree.map(_abstract, _as_dict(like)))
+        return jax.tree_util.tree_map_with_path(lambda path, _: _at(loaded, path), like)
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        self._orbax.close()
+
+    @contextlib.contextmanager
+    def _refuse_to_lose(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "space" not in str(error).lower():
+                raise
+            raise RunError(
+                f"{self.directory}: checkpoint of step {step} could not be written "
+                f"({_first_line(error)}); free space or mend permissions and start the same "
+                "line again, it goes on from the last whole checkpoint."
+            ) from error
+
+
+@contextlib.contextmanager
+def open_checkpoints(run: str | Path, keep: int) -> Iterator[Checkpoints]:
+    """The run's checkpoints; every write is complete when the block ends."""
+    checkpoints = Checkpoints(run, keep)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def _as_dict(state: Any) -> Any:
+    """A state as plain nested dicts: what is on disk must outlive our classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    nested: dict[str, Any] = {}
+    for path, leaf in leaves:
+        names = [_name(key) for key in path]
+        place = nested
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        place[names[-1]] = leaf
+    return nested
+
+
+def _at(nested: dict[str, Any], path: tuple[Any, ...]) -> Any:
+    for key in path:
+        nested = nested[_name(key)]
+    return nested
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _first_line(error: BaseException) -> str:
+    return json.dumps(str(error).splitlines()[0][:200])[1:-1] if str(error) else repr(error)

@@ -1,0 +1,148 @@
+"""The command line: one function a verb. Parses first, imports the stage afterwards."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from jaxhisto import __version__
+from jaxhisto.config import (
+    DemoConfig,
+    ExportConfig,
+    PretrainConfig,
+    TileConfig,
+    VerifyConfig,
+    parse,
+)
+from jaxhisto.errors import JaxhistoError
+
+
+def demo(argv: Sequence[str]) -> int:
+    """the whole chain on a slide that ships with scikit-image, or on your own"""
+    config = parse(DemoConfig, argv, "demo")
+    from jaxhisto.demo import run_demo
+
+    return run_demo(config)
+
+
+def tile(argv: Sequence[str]) -> int:
+    """slides -> a store of foreground tiles"""
+    config = parse(TileConfig, argv, "tile")
+    from jaxhisto.slides.tiling import tile as cut
+
+    result = cut(config)
+    print(result.summary())
+    if result.failed > config.failures_allowed:
+        return 1
+    say_next(f"jaxhisto pretrain pretrain_resnet18 --data.stores {config.out} --out RUN")
+    return 0
+
+
+def pretrain(argv: Sequence[str]) -> int:
+    """tiles -> a trained encoder (SimCLR)"""
+    config = parse(PretrainConfig, argv, "pretrain")
+    from jaxhisto.pretrain.run import pretrain as train
+
+    out = train(config)
+    say_next(f"jaxhisto export {out} --layout published --out encoder.ckpt")
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """a run -> a PyTorch file"""
+    config = parse(ExportConfig, argv, "export")
+    from jaxhisto.torch_files import export_run
+
+    export_run(config)
+    say_next(f"jaxhisto verify {config.out}")
+    return 0
+
+
+def verify(argv: Sequence[str]) -> int:
+    """check an exported file against a stock torchvision ResNet"""
+    config = parse(VerifyConfig, argv, "verify")
+    from jaxhisto.torch_files import verify_file
+
+    return verify_file(config.file)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """what is installed, whether it works, and what to do where it does not"""
+    from jaxhisto.doctor import examine
+
+    return examine(argv)
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    f.__name__: f for f in (demo, tile, pretrain, export, verify, doctor)
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns 0, 1 (failure, one sentence on stderr), 2 (usage), 75 (stopped)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"jaxhisto {__version__}")
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"jaxhisto: no verb {verb!r}; one of {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[verb](rest)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"jaxhisto {verb}: {sentence(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print(f"jaxhisto {verb}: interrupted; the same line goes on.", file=sys.stderr)
+        return 130
+
+
+def sentence(error: Exception) -> str:
+    """The error as one line: ours as they are, others with their kind and the way to more."""
+    if isinstance(error, JaxhistoError) or type(error).__module__.startswith("jaxhisto_export"):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{error.filename or 'a file'}: {error.strerror}; {_REMEDIES[error.errno]}."
+    text = " ".join(str(error).split())[:300]
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)."
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space and start the same line again",
+    errno.EDQUOT: "free some of the quota and start the same line again",
+    errno.EROFS: "give --out a folder that can be written",
+    errno.EACCES: "mend its permissions or give another folder",
+    errno.EPERM: "mend its permissions or give another folder",
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "give a folder, not a file",
+}
+
+
+def usage() -> str:
+    """What `jaxhisto --help` prints."""
+    verbs = "\n".join(f"  {name:<10} {f.__doc__}" for name, f in VERBS.items())
+    return (
+        f"jaxhisto {__version__}: slides to tiles, tiles to SimCLR encoders, those to PyTorch.\n\n"
+        f"usage: jaxhisto VERB [CONFIG.toml] [--flags] [--debug]\n\n{verbs}\n\n"
+        "jaxhisto VERB --help lists a verb's settings."
+    )
+
+
+def say_next(command: str) -> None:
+    """The last line printed is the next command to type."""
+    print(f"next: {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

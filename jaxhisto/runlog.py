@@ -1,0 +1,185 @@
+"""What a run says: metrics.jsonl (the record), TensorBoard on request, progress for a person."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxhisto.errors import RunError
+
+PACKAGES = ("jaxhisto", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class RunLog:
+    """Writes one line a step to RUN/metrics.jsonl and shows progress.
+
+    A line holds `step` (1 for the first), the step's metrics, `images_per_s` (over the last
+    steps), `wait_s` (time this step waited for data) and `time` (seconds since the epoch).
+    Lines are flushed as they are written. On a resume, lines of steps that are done again
+    are cut off first, so that each step stands in the file once.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        start_step: int,
+        steps: int,
+        batch_size: int,
+        every: int = 50,
+        tensorboard: bool = False,
+    ) -> None:
+        self.path = Path(run) / "metrics.jsonl"
+        _keep_steps(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._batch_size, self._every, self._steps = batch_size, every, steps
+        self._times: deque[float] = deque([time.perf_counter()], maxlen=21)
+        self._board = _tensorboard(run) if tensorboard else None
+        self._progress = Progress("pretraining", steps, start_step, every)
+
+    def scalars(self, step: int, metrics: Mapping[str, float], wait_s: float) -> None:
+        """Records the metrics of `step`, the number of steps done with it."""
+        self._times.append(time.perf_counter())
+        speed = (len(self._times) - 1) * self._batch_size / (self._times[-1] - self._times[0])
+        line = {"step": step, **metrics, "images_per_s": speed, "wait_s": wait_s}
+        rounded = {k: _finite(v) for k, v in line.items()} | {"time": round(time.time(), 3)}
+        self._file.write(json.dumps(rounded) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in line.items():
+                self._board.add_scalar(name, value, step)
+        self._progress.update(step, f"loss {metrics['loss']:.4f}  {speed:.1f} images/s")
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Progress:
+    """A bar with ETA on a terminal, a plain line every `every` items elsewhere (stderr)."""
+
+    def __init__(self, what: str, total: int, done: int = 0, every: int = 50) -> None:
+        self._what, self._total, self._every = what, total, every
+        self._start, self._first = time.perf_counter(), done
+        self._bar = _bar(what, total, done) if sys.stderr.isatty() else None
+
+    def update(self, done: int, text: str = "") -> None:
+        """Shows that `done` of the total are done."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, text=text)
+        elif done % self._every == 0 or done in (self._first + 1, self._total):
+            print(
+                f"{self._what} {done}/{self._total}  {text}  ETA {self._eta(done)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _eta(self, done: int) -> str:
+        each = (time.perf_counter() - self._start) / max(done - self._first, 1)
+        seconds = round(each * (self._total - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def environment(devices: list[str]) -> dict[str, Any]:
+    """What a result needs beside it to be believed: versions, devices, command, host, date."""
+    return {
+        "command": sys.argv,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "devices": devices,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl; a last line torn by a kill is left out."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        raise RunError(f"{path}: no such file; name a run folder that `jaxhisto pretrain` wrote.")
+    return [line for _, line in _whole_lines(path)]
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old one or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    if path.exists():
+        kept = [text for text, line in _whole_lines(path) if line["step"] <= last]
+        write_atomically(path, "".join(kept))
+
+
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        return [(text, json.loads(text)) for text in file if text.endswith("}\n")]
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN: null stands for it."""
+    return value if math.isfinite(value) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _bar(what: str, total: int, done: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    bar.add_task(what, total=total, completed=done, text="")
+    bar.start()
+    return bar
+
+
+def _tensorboard(run: str | Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise RunError(
+            "--tensorboard: tensorboardX is not installed; pip install 'jaxhisto[tensorboard]'."
+        ) from error
+    return SummaryWriter(str(Path(run) / "tensorboard"))
