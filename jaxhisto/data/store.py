@@ -1,0 +1,199 @@
+"""The tile store, read: a folder of ArrayRecord parts, one a slide, under a manifest.
+
+    STORE/manifest.json                              what is in it, with a hash; written last
+    STORE/NAME-train.array_record-00000-of-00003     tiles of one slide, in the order drawn
+    STORE/dataset_info.json, features.json           make it a TFDS dataset
+    STORE/report.html, report/                       for people
+    STORE/unfinished/                                only while `jaxhisto tile` is at work
+
+`tfds.builder_from_directory(STORE).as_data_source(split="train")` reads the same folder. A folder
+without manifest.json is not a store, whatever else is in it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from jaxhisto.errors import StoreError
+
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished"
+FORMAT = "jaxhisto-tiles-1"
+OPEN_PARTS = 128  # readers kept open: each holds a file descriptor, of which a process has 1024
+
+
+class TileStore:
+    """Random access to a finished store; safe to use from several threads.
+
+    Attributes:
+      path: the folder.
+      manifest: the whole manifest.
+      hash: its hash; two stores with the same one hold the same bytes.
+      tile_px: side of the tiles in pixels.
+      dataset: name of the dataset.
+    """
+
+    def __init__(self, path: Path | str, verify: bool = True) -> None:
+        """Opens a store.
+
+        Args:
+          path: the folder.
+          verify: check size and sha256 of every part; False checks the sizes only.
+
+        Raises:
+          StoreError: not a store, unfinished, edited, or a part is missing or damaged.
+        """
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self.hash: str = self.manifest["hash"]
+        self.tile_px: int = self.manifest["tile_px"]
+        self.dataset: str = self.manifest["dataset"]
+        self._slides: list[dict[str, Any]] = self.manifest["slides"]
+        self._ends = list(itertools.accumulate(slide["tiles"] for slide in self._slides))
+        for slide in self._slides:
+            check_part(self.path / slide["part"]["file"], slide["part"], deep=verify)
+        self._reset()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """The features of tile i: image (JPEG bytes), slide, dataset, x, y, mpp, mpp_source.
+
+        Raises:
+          IndexError: i is not in [-len, len).
+          StoreError: the record cannot be read.
+        """
+        index = range(len(self))[i]
+        part = bisect.bisect_right(self._ends, index)
+        slide = self._slides[part]
+        row = index - self._ends[part] + slide["tiles"]
+        try:
+            tile = _decoded(self._reader(part).read([row])[0])
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise StoreError(
+                f"{self.path / slide['part']['file']}: tile {row} cannot be read ({error}); cut "
+                "the slides again into a new store"
+            ) from error
+        # The record holds it as float32; the manifest as it was stated.
+        return {**tile, "mpp": slide["tile_mpp"]}
+
+    def slides(self) -> list[str]:
+        """The slide id of each tile index, from the manifest."""
+        return [slide["id"] for slide in self._slides for _ in range(slide["tiles"])]
+
+    def mpp_range(self) -> tuple[float, float] | None:
+        """Smallest and largest um/px of the tiles, or None for a store without tiles."""
+        sizes = [slide["tile_mpp"] for slide in self._slides]
+        return (min(sizes), max(sizes)) if sizes else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open readers stay behind when the store is sent to another process."""
+        return {k: v for k, v in vars(self).items() if k not in ("_lock", "_readers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[int, Any] = OrderedDict()
+
+    def _reader(self, part: int) -> Any:
+        """The part's reader, opened on first use; the longest unused one is let go."""
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if part not in self._readers:
+                file = self.path / self._slides[part]["part"]["file"]
+                self._readers[part] = ArrayRecordReader(str(file))
+            self._readers.move_to_end(part)
+            if len(self._readers) > OPEN_PARTS:
+                self._readers.popitem(last=False)
+            return self._readers[part]
+
+
+def is_store(path: Path | str) -> bool:
+    """True for a folder that says it is a finished tile store; opening it verifies that."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a store, its hash verified.
+
+    Raises:
+      StoreError: no manifest, not one of ours, or changed since it was written.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        if (path / UNFINISHED).is_dir():
+            raise StoreError(f"{path}: tiling was stopped; run the same `jaxhisto tile` again")
+        raise StoreError(f"{path}: no tile store here ({MANIFEST} is missing); check the path")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file}: cannot be read ({error}); cut the slides again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{file}: is not a {FORMAT} manifest; cut the slides with this version")
+    if manifest.get("hash") != manifest_hash(manifest):
+        raise StoreError(
+            f"{file}: does not match its own hash, it was edited after tiling; restore the file, "
+            "or cut the slides again into a new store"
+        )
+    return manifest
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """sha256 of the manifest as canonical JSON (sorted keys, no spaces) without its `hash`."""
+    rest = {key: value for key, value in manifest.items() if key != "hash"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_part(file: Path, part: dict[str, Any], deep: bool = True) -> None:
+    """Compares a part with its entry: size, and sha256 where `deep`; StoreError if it differs."""
+    if not file.is_file():
+        raise StoreError(f"{file}: is missing; restore it, or cut the slides again")
+    if file.stat().st_size != part["bytes"] or (deep and file_hash(file) != part["sha256"]):
+        raise StoreError(
+            f"{file}: is damaged (size or sha256 differ from the manifest); restore it, or cut the "
+            "slides again into a new store"
+        )
+
+
+def file_hash(file: Path) -> str:
+    """sha256 of a file's bytes."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); check the disk") from error
+
+
+def _decoded(record: bytes) -> dict[str, Any]:
+    """A serialised example as Python values; the image stays encoded.
+
+    Parsed here and not by TFDS, which would decode the image on the way.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+
+    def text(name: str) -> str:
+        return str(feature[name].bytes_list.value[0].decode())
+
+    return {
+        "image": feature["image"].bytes_list.value[0],
+        "slide": text("slide"),
+        "dataset": text("dataset"),
+        "x": int(feature["x"].int64_list.value[0]),
+        "y": int(feature["y"].int64_list.value[0]),
+        "mpp_source": text("mpp_source"),
+    }

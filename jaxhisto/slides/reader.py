@@ -1,0 +1,286 @@
+"""Open a slide with OpenSlide and read tiles of it at a stated pixel size.
+
+Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it leaves what a file does
+not hold transparent (regions a scanner skipped, and all beyond the edge). A tile with any such
+pixel is refused as `transparent`, one that OpenSlide cannot decode as `unreadable`; neither is
+ever painted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import cv2
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+from jaxhisto.errors import SlideError
+from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
+
+Pixels = NDArray[np.uint8]
+Flags = NDArray[np.bool_]
+
+SUFFIXES = (
+    ".svs", ".tif", ".tiff", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif",
+)  # fmt: skip
+SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0.2525 for 0.25)
+BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
+
+
+class RegionError(SlideError):
+    """One region that cannot be had; `reason` is what the tile is counted under."""
+
+    def __init__(
+        self, message: str, reason: Literal["unreadable", "transparent"] = "unreadable"
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How tiles of one pixel size are read from one slide.
+
+    Args:
+      level: the level read from, the coarsest that is not coarser than asked for.
+      mpp: um/px of the tile that results.
+      level_side: side of the tile in pixels of that level.
+      side: side of the tile in level-0 pixels.
+    """
+
+    level: int
+    mpp: float
+    level_side: float
+    side: float
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The whole slide, reduced.
+
+    Args:
+      rgb: (h, w, 3), what is not there composed on white.
+      there: (h, w), False where the file holds no pixels or they cannot be read.
+      known: (h, w), False where the file's pixels cannot be read.
+      downsample: level-0 pixels a pixel, on either axis.
+    """
+
+    rgb: Pixels
+    there: Flags
+    known: Flags
+    downsample: float
+
+
+class Slide:
+    """An open slide with a known pixel size.
+
+    Attributes:
+      path: of the file.
+      mpp: um/px at level 0, `mpp_source` its rung of the ladder, `notes` what was passed over.
+      width, height: at level 0, px.
+      downsamples: of the levels, finest first; the first is 1.
+
+    Raises:
+      SlideError: not a slide, damaged, or without a pixel size.
+    """
+
+    def __init__(self, path: Path, given: GivenPixelSize | None = None) -> None:
+        self.path = path
+        self._handle = _open(path)
+        size = pixel_size(path, self._handle.properties, given or GivenPixelSize())
+        self.mpp, self.mpp_source, self.notes = size.mpp, size.source, size.notes
+        self.width, self.height = self._handle.dimensions
+        self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
+        self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._handle.close()
+
+    def scale(self, tile_px: int, mpp: float | None) -> Scale:
+        """Chooses the level for tiles of `tile_px` pixels at `mpp`; None: level 0 as it is.
+
+        Raises:
+          SlideError: the slide is coarser than asked for; pixels are not made up.
+        """
+        if mpp is None:
+            return Scale(0, self.mpp, tile_px, tile_px)
+        fits = [i for i, d in enumerate(self.downsamples) if self.mpp * d <= mpp * (1 + SAME_MPP)]
+        if not fits:
+            raise SlideError(
+                f"{self.path}: has {self.mpp:.4g} um/px at best ({self.mpp_source}), coarser than "
+                f"the {mpp:g} asked for; pass --tile-mpp {self.mpp:.4g} or more, or leave it out"
+            )
+        level = max(fits, key=lambda i: self.downsamples[i])
+        downsample = self.downsamples[level]
+        if abs(self.mpp * downsample / mpp - 1) <= SAME_MPP:
+            return Scale(level, self.mpp * downsample, tile_px, tile_px * downsample)
+        side = tile_px * mpp / self.mpp
+        return Scale(level, mpp, side / downsample, side)
+
+    def read(self, x: int, y: int, tile_px: int, scale: Scale) -> Pixels:
+        """Reads one tile: (tile_px, tile_px, 3) at `scale.mpp`, top-left at level-0 (x, y).
+
+        Between levels the next finer one is read and resized once (bicubic, antialiased).
+
+        Raises:
+          RegionError: the region cannot be decoded, or part of it is not in the file.
+        """
+        downsample = self.downsamples[scale.level]
+        # OpenSlide interpolates between level pixels unless it starts on one.
+        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
+        start_x, start_y = round(left * downsample), round(top * downsample)
+        if scale.level_side == tile_px:
+            return self._opaque(scale.level, start_x, start_y, tile_px, tile_px)
+        box_x, box_y = max(0.0, (x - start_x) / downsample), max(0.0, (y - start_y) / downsample)
+        level_width, level_height = self._level_sizes[scale.level]
+        width = min(math.ceil(box_x + scale.level_side - 1e-6), level_width - left)
+        height = min(math.ceil(box_y + scale.level_side - 1e-6), level_height - top)
+        region = self._opaque(scale.level, start_x, start_y, width, height)
+        box = (
+            box_x,
+            box_y,
+            min(box_x + scale.level_side, width),
+            min(box_y + scale.level_side, height),
+        )
+        image = Image.fromarray(region).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box)
+        return np.asarray(image)
+
+    def overview(self, downsample: float) -> Overview:
+        """The slide at about `downsample` level-0 pixels a pixel.
+
+        Takes the level nearest to that; one that is finer by a half or more is reduced by a whole
+        factor with area averaging, block by block, so that a slide without a pyramid fits in
+        memory. Blocks that cannot be read are left out and not `known`.
+        """
+        level = min(
+            range(len(self.downsamples)),
+            key=lambda i: abs(math.log(self.downsamples[i] / max(downsample, 1.0))),
+        )
+        factor = max(1, round(downsample / self.downsamples[level]))
+        width, height = self._level_sizes[level]
+        shape = (math.ceil(height / factor), math.ceil(width / factor))
+        rgb = np.full((*shape, 3), 255, np.uint8)
+        there, known = np.zeros(shape, bool), np.ones(shape, bool)
+        for x, y, w, h in _blocks(width, height, max(1, BLOCK // factor) * factor):
+            rows = slice(y // factor, math.ceil((y + h) / factor))
+            columns = slice(x // factor, math.ceil((x + w) / factor))
+            ratio = self.downsamples[level]
+            try:
+                block = self._region(level, round(x * ratio), round(y * ratio), w, h)
+            except RegionError:
+                known[rows, columns] = False
+                continue
+            rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
+        return Overview(rgb, there, known, self.downsamples[level] * factor)
+
+    def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        region = self._region(level, x, y, width, height)
+        if region[..., 3].min() < 255:
+            raise RegionError(
+                f"{self.path}: the file holds no pixels at ({x}, {y}), level {level}", "transparent"
+            )
+        return np.ascontiguousarray(region[..., :3])
+
+    def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """(height, width, 4) RGBA; x, y in level-0 pixels, width and height in the level's."""
+        try:
+            return np.asarray(self._handle.read_region((x, y), level, (width, height)))
+        except openslide.OpenSlideError as error:
+            # After an error OpenSlide answers nothing but this error: the handle is dead.
+            self._handle.close()
+            self._handle = _open(self.path)
+            raise RegionError(
+                f"{self.path}: cannot be read at ({x}, {y}), level {level} ({error})", "unreadable"
+            ) from error
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of the slide's bytes.
+
+    A slide of several files (MIRAX's data folder, the other files of a DICOM series' folder) is
+    hashed as the sorted list of its files' names and hashes; a Hamamatsu .vms or .vmu by its
+    index file alone.
+    """
+    others: list[Path] = []
+    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
+        others = [p for p in path.with_suffix("").rglob("*") if p.is_file()]
+    elif path.suffix.lower() == ".dcm":
+        others = [p for p in path.parent.iterdir() if p.suffix.lower() == ".dcm" and p != path]
+    if not others:
+        return _file_hash(path)
+    names = sorted((p.relative_to(path.parent).as_posix(), p) for p in (path, *others))
+    lines = "".join(f"{name} {_file_hash(file)}\n" for name, file in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def dicom_series(path: Path) -> str:
+    """The series a DICOM file belongs to; its files are one slide to OpenSlide. "": none."""
+    try:
+        with _open(path) as handle:
+            return str(handle.properties.get("dicom.SeriesInstanceUID", ""))
+    except SlideError:
+        return ""
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    try:
+        if path.stat().st_size == 0:
+            raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        raise SlideError(
+            f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
+            "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
+        ) from error
+    except openslide.OpenSlideError as error:
+        raise SlideError(
+            f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
+            "again, or leave it out"
+        ) from error
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _blocks(width: int, height: int, side: int) -> Iterator[tuple[int, int, int, int]]:
+    for y in range(0, height, side):
+        for x in range(0, width, side):
+            yield x, y, min(side, width - x), min(side, height - y)
+
+
+def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:
+    """RGB on white and the flag `there` (at least half opaque), both reduced by `factor`."""
+    alpha = block[..., 3]
+    rgb = block[..., :3]
+    if alpha.min() < 255:
+        weight = alpha[..., None].astype(np.float32) / 255
+        rgb = np.rint(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
+    down, right = -alpha.shape[0] % factor, -alpha.shape[1] % factor
+    both = np.dstack([rgb, alpha])
+    padded = cv2.copyMakeBorder(both, 0, down, 0, right, cv2.BORDER_REPLICATE)
+    size = (padded.shape[1] // factor, padded.shape[0] // factor)
+    small = cv2.resize(padded, size, interpolation=cv2.INTER_AREA) if factor > 1 else padded
+    return np.asarray(small[..., :3], np.uint8), np.asarray(small[..., 3] >= 128)
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
