@@ -211,7 +211,7 @@ def write_golden(path: Path | str, tiles: Array, features: Array, encoder_sha256
       features: (8, d) float32, of (tile/255 - mean)/std in evaluation mode.
       encoder_sha256: of the encoder file that gave them.
     """
-    tensors = {
+    tensors: dict[str, Array] = {
         "tiles": np.ascontiguousarray(tiles, np.uint8),
         "features": np.ascontiguousarray(features, np.float32),
     }

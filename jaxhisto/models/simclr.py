@@ -44,7 +44,8 @@ def structure(
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """The static part of the model and the shapes of (params, batch_stats), without memory."""
     model = nnx.eval_shape(lambda: build_simclr(name, projection, dtype))
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, *trees = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, stats = trees
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
