@@ -33,9 +33,9 @@ def tile(argv: Sequence[str]) -> int:
     from jaxhisto.slides.tiling import tile as cut
 
     result = cut(config)
-    print(result.summary())
-    if result.failed > config.failures_allowed:
-        return 1
+    print("\n".join(result.summary()))
+    if result.exit_code:
+        return result.exit_code
     say_next(f"jaxhisto pretrain pretrain_resnet18 --data.stores {config.out} --out RUN")
     return 0
 

@@ -251,7 +251,9 @@ def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
     import tyro
 
     args = list(argv)
-    if args and (args[0].endswith(".toml") or args[0] in shipped_configs()):
+    # A folder of slides may bear a recipe's name: what exists wins.
+    named = args and args[0] in shipped_configs() and not Path(args[0]).exists()
+    if named or (args and args[0].endswith(".toml")):
         path = _config_file(args.pop(0))
         args = _file_flags(cls, path, args) + args
     parsed = tyro.cli(
@@ -281,8 +283,7 @@ def check(config: Config) -> Config:
 
 def shipped_configs() -> dict[str, Path]:
     """The recipes that come with the package, by bare name."""
-    installed = Path(__file__).parent / "configs"
-    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+    folder = Path(__file__).parent / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 

@@ -103,7 +103,7 @@ def openslide() -> str:
     import numpy as np
     import openslide as library
 
-    from jaxhisto.demo import write_pyramid
+    from jaxhisto.slides.pyramid import write_pyramid
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "check.tiff"
