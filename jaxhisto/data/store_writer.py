@@ -15,8 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,28 +125,17 @@ def write_record(store: Path, record: dict[str, Any]) -> None:
     write_file(store, file, json.dumps(record, indent=1))
 
 
-class writing:  # noqa: N801 - a context manager, lower case as in contextlib
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
     """Turns what the disk refuses into a StoreError with a remedy."""
-
-    def __init__(self, store: Path) -> None:
-        self.store = store
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        # ArrayRecord reports a full disk as RuntimeError.
-        if isinstance(error, (OSError, RuntimeError)):
-            why = error.strerror if isinstance(error, OSError) else str(error).split(";")[0]
-            raise StoreError(
-                f"{self.store}: cannot be written ({why}); free space or rights there and run the "
-                "same command again, or choose another --out"
-            ) from error
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
+        why = error.strerror if isinstance(error, OSError) else str(error).split(";")[0]
+        raise StoreError(
+            f"{store}: cannot be written ({why}); free space or rights there and run the same "
+            "command again, or choose another --out"
+        ) from error
 
 
 class StoreWriter:
@@ -239,7 +228,8 @@ class StoreWriter:
         manifest = {"format": FORMAT, **facts, "settings": self.settings}
         manifest |= {"tiles": sum(e["tiles"] for e in entries), "slides": entries}
         manifest["hash"] = manifest_hash(manifest)
-        if self.manifest and manifest["hash"] == self.manifest["hash"]:
+        nothing_new = not any(self.work.glob("*.array_record"))
+        if nothing_new and self.manifest and manifest["hash"] == self.manifest["hash"]:
             return manifest
         write_file(self.path, self.work / NEW, json.dumps(manifest, indent=1))
         with writing(self.path):

@@ -1,6 +1,6 @@
 """One slide to one part of the store: grid, foreground, draw, read. Runs in a worker process.
 
-Every cell of the grid is either kept or rejected for one of `REASONS`.
+Every cell of the grid is either kept or rejected for one of report's `REASONS`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,8 @@ from jaxhisto.errors import SlideError
 from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import Flags, Overview, Pixels, RegionError, Scale, Slide, content_hash
-from jaxhisto.slides.report import slide_section
+from jaxhisto.slides.report import REASONS, fitted, slide_section
 
-REASONS = {
-    "outside": "stick out over the slide's right or lower edge",
-    "background": "have less foreground than --min-foreground",
-    "transparent": "hold regions that are not in the file",
-    "unreadable": "cannot be decoded",
-    "over_cap": "were readable foreground candidates beyond --max-tiles",
-}
 CONTACTS, CONTACT_PX = 24, 96  # tiles on the contact sheet, and their side
 PICTURE_PX = 900  # longest side of the report's picture of the slide, about
 
@@ -51,6 +44,7 @@ class Job:
       given: what the user says of pixel sizes.
       config: all settings of the run; `dataset` filled in.
       known: manifest entry of this slide if a whole part of it is there.
+      others: further files of the same slide (a DICOM series).
     """
 
     path: Path
@@ -58,6 +52,7 @@ class Job:
     given: GivenPixelSize
     config: TileConfig
     known: dict[str, Any] | None = None
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def cut_slide(job: Job) -> Cut:
       StoreError: the store cannot be written.
     """
     cv2.setNumThreads(1)  # the pool has a process a core
-    sha256 = content_hash(job.path)
+    sha256 = content_hash(job.path, job.others)
     with Slide(job.path, job.given) as slide:
         known = job.known
         if known and (known["sha256"], known["mpp"], known["mpp_source"]) == (
@@ -139,11 +134,6 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
             f"{scale.side:.0f} px; pass a smaller --tile-px, or leave the slide out"
         )
     view = slide.overview(MASK_MPP / slide.mpp)
-    if not view.known.any():
-        raise SlideError(
-            f"{slide.path}: none of it can be decoded; the file is damaged or cut off: copy it "
-            "again, or leave it out"
-        )
     mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
     draw = Draw()
     draw.rejected["outside"] = grid.outside
@@ -164,9 +154,15 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         "foreground_share": round(float(mask.mean()), 4),
         "part": {"bytes": part["bytes"], "sha256": part["sha256"]},
     }
-    picture = slide.overview(max(slide.width, slide.height) / PICTURE_PX)
     section = slide_section(
-        record, picture.rgb, mask, view.downsample, scale.side, draw.kept, draw.lost, draw.contacts
+        record,
+        _picture(slide, view),
+        mask,
+        view.downsample,
+        scale.side,
+        draw.kept,
+        draw.lost,
+        draw.contacts,
     )
     write_file(Path(config.out), Path(config.out) / "report" / f"{slide_key(job.id)}.html", section)
     write_record(Path(config.out), record)
@@ -208,6 +204,14 @@ def _tiles(
             draw.contacts.append(_small(rgb, CONTACT_PX))
         jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
         yield Tile(jpeg, job.id, config.dataset, x, y, scale.mpp, slide.mpp_source)
+
+
+def _picture(slide: Slide, view: Overview) -> Pixels:
+    """The slide for the report, about `PICTURE_PX` long; read again where the mask's is smaller."""
+    rgb = view.rgb
+    if max(rgb.shape) < PICTURE_PX:
+        rgb = slide.overview(max(slide.width, slide.height) / PICTURE_PX).rgb
+    return fitted(rgb, PICTURE_PX)
 
 
 def _own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:

@@ -55,13 +55,14 @@ def ciga2022(rgb: Pixels) -> Flags:
 
 
 def closed(mask: Flags, radius: float) -> Flags:
-    """Morphological close with a disc of `radius` pixels; beyond the edge is neither."""
+    """Morphological close with a disc of `radius` pixels; beyond the edge is background."""
     if radius < 1 or not mask.any():
         return mask
-    grown = _distance_to(mask) <= radius
-    if grown.all():
-        return np.asarray(grown)
-    return np.asarray(_distance_to(~grown) > radius)
+    # Room for the disc on all sides, or the close would fill the corners of the slide.
+    room = int(radius) + 1
+    grown = _distance_to(np.pad(mask, room)) <= radius
+    closed = _distance_to(~grown) > radius
+    return np.asarray(closed[room:-room, room:-room])
 
 
 def otsu(rgb: Pixels) -> Flags:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -53,7 +53,7 @@ def run(
     processes: int,
     timeout: float,
     attempts: int = 2,
-) -> Iterator[Answer[Value]]:
+) -> Generator[Answer[Value], None, None]:
     """Runs function(job) for each job and yields the answers as they come.
 
     Args:

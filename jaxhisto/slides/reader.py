@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +27,14 @@ from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
+Area = tuple[int, int, int, int]  # left, top, width, height
 
 SUFFIXES = (
     ".svs", ".tif", ".tiff", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif",
 )  # fmt: skip
 SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0.2525 for 0.25)
+SMALLEST = 128  # side to which a block that cannot be read is split, px
+MOST_SPLITS = 500  # after these, blocks are given up whole: each split reopens the file four times
 BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
 
 
@@ -166,7 +169,8 @@ class Slide:
 
         Takes the level nearest to that; one that is finer by a half or more is reduced by a whole
         factor with area averaging, block by block, so that a slide without a pyramid fits in
-        memory. Blocks that cannot be read are left out and not `known`.
+        memory. What cannot be read, in blocks of about `SMALLEST` pixels, is left out and not
+        `known`.
         """
         level = min(
             range(len(self.downsamples)),
@@ -177,15 +181,23 @@ class Slide:
         shape = (math.ceil(height / factor), math.ceil(width / factor))
         rgb = np.full((*shape, 3), 255, np.uint8)
         there, known = np.zeros(shape, bool), np.ones(shape, bool)
-        for x, y, w, h in _blocks(width, height, max(1, BLOCK // factor) * factor):
+        ratio = self.downsamples[level]
+        blocks = list(_blocks((0, 0, width, height), max(1, BLOCK // factor) * factor))
+        splits = MOST_SPLITS
+        while blocks:
+            x, y, w, h = blocks.pop()
             rows = slice(y // factor, math.ceil((y + h) / factor))
             columns = slice(x // factor, math.ceil((x + w) / factor))
-            ratio = self.downsamples[level]
             try:
                 block = self._region(level, round(x * ratio), round(y * ratio), w, h)
             except RegionError:
+                half = max(w, h) // 2 // factor * factor
+                if half >= max(factor, SMALLEST) and splits:
+                    blocks += _blocks((x, y, w, h), half)
+                    splits -= 1
                 known[rows, columns] = False
                 continue
+            known[rows, columns] = True
             rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
         return Overview(rgb, there, known, self.downsamples[level] * factor)
 
@@ -210,18 +222,15 @@ class Slide:
             ) from error
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, others: Sequence[Path] = ()) -> str:
     """sha256 of the slide's bytes.
 
-    A slide of several files (MIRAX's data folder, the other files of a DICOM series' folder) is
-    hashed as the sorted list of its files' names and hashes; a Hamamatsu .vms or .vmu by its
-    index file alone.
+    A slide of several files is hashed as the sorted list of their names and hashes: those in
+    `others` (the rest of a DICOM series) and MIRAX's data folder. A Hamamatsu .vms or .vmu is
+    hashed by its index file alone.
     """
-    others: list[Path] = []
     if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        others = [p for p in path.with_suffix("").rglob("*") if p.is_file()]
-    elif path.suffix.lower() == ".dcm":
-        others = [p for p in path.parent.iterdir() if p.suffix.lower() == ".dcm" and p != path]
+        others = [*others, *(p for p in path.with_suffix("").rglob("*") if p.is_file())]
     if not others:
         return _file_hash(path)
     names = sorted((p.relative_to(path.parent).as_posix(), p) for p in (path, *others))
@@ -257,10 +266,11 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
 
 
-def _blocks(width: int, height: int, side: int) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(area: Area, side: int) -> Iterator[Area]:
+    left, top, width, height = area
     for y in range(0, height, side):
         for x in range(0, width, side):
-            yield x, y, min(side, width - x), min(side, height - y)
+            yield left + x, top + y, min(side, width - x), min(side, height - y)
 
 
 def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:

@@ -20,8 +20,10 @@ from jaxhisto.data.store_writer import slide_key
 from jaxhisto.slides.reader import Flags, Pixels
 
 SECTIONS = 60  # slides shown with pictures, about 150 kB each; all are in the table
-CONTACT_COLUMNS = 8
+CONTACT_COLUMNS = 12
+MASK_PX = 1200  # longest side of the mask's picture
 MASK_COLOUR = (0, 150, 136)  # RGB; teal is the hue H&E does not have
+# Why a cell of the grid is not kept: key in the manifest -> name, explanation, colour.
 REASONS = {
     "background": ("background", "less foreground than asked for", "var(--background)"),
     "outside": ("outside", "cut by the slide's right or lower edge", "var(--outside)"),
@@ -214,6 +216,15 @@ def _sheet(tiles: Sequence[Pixels]) -> Pixels:
     return sheet
 
 
+def fitted(image: Pixels, longest: int) -> Pixels:
+    """The image reduced (area averaging) to a longest side of `longest` pixels, or as it is."""
+    factor = longest / max(image.shape[:2])
+    if factor >= 1:
+        return image
+    size = tuple(max(1, round(side * factor)) for side in image.shape[1::-1])
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
 def _jpeg(rgb: Pixels) -> str:
     bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
     data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
@@ -223,8 +234,8 @@ def _jpeg(rgb: Pixels) -> str:
 def _mask_png(mask: Flags) -> str:
     """The mask as a tint: the colour where True, nothing elsewhere."""
     bgra = np.zeros((*mask.shape, 4), np.uint8)
-    bgra[mask] = (*MASK_COLOUR[::-1], 90)
-    data = cv2.imencode(".png", bgra)[1].tobytes()
+    bgra[mask] = (*MASK_COLOUR[::-1], 75)
+    data = cv2.imencode(".png", fitted(bgra, MASK_PX))[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
@@ -238,7 +249,7 @@ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 header{display:flex;flex-wrap:wrap;gap:1rem 3rem;align-items:center;justify-content:space-between;
 padding:1.6rem max(1.5rem,calc(50vw - 580px));background:var(--accent);color:#fff}
 header p{margin:0;opacity:.75}
-h1{margin:0;font-size:1.7rem;font-weight:650;letter-spacing:-.01em}
+h1{margin:0;font-size:1.7rem;font-weight:650;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:0 0 .6rem;overflow-wrap:anywhere}
 h3{font-size:.95rem;margin:1.2rem 0 .3rem}
 .numbers{display:flex;flex-wrap:wrap;gap:.5rem 2rem}
@@ -252,14 +263,15 @@ border-radius:10px;padding:1.2rem 1.4rem;margin:0 0 1.2rem}
 .failures h2{color:#a3261f}
 .failures ul{margin:0;padding-left:1.1rem}
 table{border-collapse:collapse;width:100%}
-th,td{padding:.4rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-thead th{color:var(--soft);font-weight:500;font-size:.85rem}
+th,td{padding:.4rem .42rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+thead th{color:var(--soft);font-weight:500;font-size:.82rem;white-space:nowrap}
+.scroll table{font-size:.92rem}
 tbody tr:last-child td,.facts tr:last-child>*{border-bottom:0}
 .facts th{color:var(--soft);font-weight:500;white-space:nowrap;width:1%}
 .facts td{overflow-wrap:anywhere}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td a{color:inherit;text-decoration-color:var(--line);text-underline-offset:3px}
-.wide{width:22%;min-width:140px}
+.wide{width:18%;min-width:100px}
 .bar{display:flex;height:.8rem;margin-top:.35rem;border-radius:3px;overflow:hidden;gap:1px}
 .bar i{min-width:2px}
 .legend{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:0 0 .7rem;color:var(--soft)}

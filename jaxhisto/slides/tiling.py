@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -169,10 +170,9 @@ def _slides_below(root: Path) -> list[Path]:
         raise SlideError(f"{root}: is not there; check the path")
     paths = [
         Path(folder) / name
-        for folder, folders, names in os.walk(root, onerror=_unreadable_folder)
+        for folder, _, names in os.walk(root, onerror=_unreadable_folder)
         for name in names
         if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        if folders is not None
     ]
     if not paths:
         raise SlideError(
@@ -187,7 +187,7 @@ def _unreadable_folder(error: OSError) -> None:
 
 
 def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:
-    """Keeps the first file of each DICOM series: OpenSlide opens the others with it."""
+    """One job for all files of a DICOM series in a folder: OpenSlide opens them together."""
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         if job.path.suffix.lower() == ".dcm":
@@ -198,17 +198,21 @@ def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:
     answers = pool.run(
         dicom_series, [j.path for j in many], _processes(config), config.slide_timeout
     )
-    first: dict[tuple[Path, str], Job] = {}
-    repeated: set[str] = set()
+    series: dict[tuple[Path, str], list[Job]] = {}
     for answer in sorted(answers, key=lambda a: many[a.index].id):
         job = many[answer.index]
-        if answer.value and first.setdefault((job.path.parent, answer.value), job) is not job:
-            repeated.add(job.id)
-    return [job for job in jobs if job.id not in repeated]
+        series.setdefault((job.path.parent, answer.value or job.id), []).append(job)
+    whole = [
+        dataclasses.replace(files[0], others=tuple(job.path for job in files[1:]))
+        for files in series.values()
+    ]
+    return [job for job in jobs if job not in many] + whole
 
 
 def _processes(config: TileConfig) -> int:
-    return config.processes or len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return config.processes or len(os.sched_getaffinity(0))
+    return config.processes or os.cpu_count() or 1
 
 
 def _refuse_shrinking(writer: StoreWriter, jobs: Sequence[Job]) -> None:
@@ -227,18 +231,20 @@ def _cut_all(
     """Cuts every slide; a failing one costs only itself, an unwritable store ends the run."""
     cuts: dict[str, Cut] = {}
     failures: list[Failure] = []
-    for answer in pool.run(cut_slide, jobs, _processes(config), config.slide_timeout):
-        job = jobs[answer.index]
-        if answer.value is not None:
-            cuts[job.id] = answer.value
-            record = answer.value.record
-            again = "kept from an earlier run" if answer.value.reused else "cut"
-            progress.done(job.id, f"{record['tiles']} tiles {again}", record["tiles"])
-            continue
-        if isinstance(answer.error, StoreError):
-            raise answer.error
-        failures.append(Failure(job.id, _reason(job, answer.error)))
-        progress.failed(failures[-1].reason)
+    answers = pool.run(cut_slide, jobs, _processes(config), config.slide_timeout)
+    with contextlib.closing(answers):  # ends the processes at once when the store cannot be written
+        for answer in answers:
+            job = jobs[answer.index]
+            if answer.value is not None:
+                cuts[job.id] = answer.value
+                record = answer.value.record
+                again = "kept from an earlier run" if answer.value.reused else "cut"
+                progress.done(job.id, f"{record['tiles']} tiles {again}", record["tiles"])
+                continue
+            if isinstance(answer.error, StoreError):
+                raise answer.error
+            failures.append(Failure(job.id, _reason(job, answer.error)))
+            progress.failed(failures[-1].reason)
     return cuts, sorted(failures, key=lambda failure: failure.slide)
 
 
