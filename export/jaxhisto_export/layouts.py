@@ -130,8 +130,9 @@ def _arrange(
         if fc == "zero":
             state["fc.weight"] = torch.zeros(CLASSES, architecture.feature_width)
             state["fc.bias"] = torch.zeros(CLASSES)
-    provenance = {
-        **provenance,
+    # In the fields' order: safetensors keeps none, and equal encoders make equal files.
+    names = sorted(provenance, key=[*ENCODER_FIELDS, *sorted(provenance)].index)
+    provenance = {name: provenance[name] for name in names} | {
         "format": f"jaxhisto-{layout}-1",
         "tensors_sha256": tensors_sha256(state),
     }
