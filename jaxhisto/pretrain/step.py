@@ -139,10 +139,13 @@ def make_update(
     tx, schedule = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
 
     def update(state: TrainState, grads: Tree) -> tuple[TrainState, Metrics]:
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        # optax's Adam and LAMB raise a float to an integer power, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
-        metrics = {"rate": rate, "grad_norm": optax.global_norm(grads)}
+        squares = jnp.stack([jnp.sum(grad * grad) for grad in jax.tree.leaves(grads)])
+        metrics = {"rate": rate, "grad_norm": jnp.sqrt(squares.sum())}
         return TrainState(state.step + 1, params, state.batch_stats, opt_state), metrics
 
     return update
