@@ -324,7 +324,7 @@ def _listing(folder: Path) -> list[str]:
             continue
         seen.add(real)
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        if UNFINISHED in dirs and any(".array_record" in name for name in files):
+        if UNFINISHED in dirs and _is_tiling(Path(root, UNFINISHED)):
             raise StoreError(f"{root}: tiling was stopped; run the same `jaxhisto tile` again.")
         if MANIFEST in files or any(".array_record" in name for name in files):
             raise StoreError(
@@ -339,6 +339,10 @@ def _listing(folder: Path) -> list[str]:
             "here; check the path, and cut slides with `jaxhisto tile`."
         )
     return sorted(names)
+
+
+def _is_tiling(folder: Path) -> bool:
+    return (folder / "settings.json").exists() or any(folder.glob("*.array_record"))
 
 
 def _is_image(file: str) -> bool:
