@@ -362,7 +362,8 @@ def _serialised(tile: Tile) -> bytes:
     features, serializer = _tfds()
     # TFDS stores the bytes of a file object as they are; from an array it would need TensorFlow.
     example = features.encode_example({**vars(tile), "image": io.BytesIO(tile.image)})
-    return bytes(serializer.serialize_example(example))
+    # Deterministic: a protobuf map has another order in each process, and so would the part's hash.
+    return bytes(serializer.get_tf_example(example).SerializeToString(deterministic=True))
 
 
 def _write_tfds_metadata(path: Path, name: str, entries: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 
 MPP = {"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.2501"}
 TIFF = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "50800", "tiff.YResolution": "50800"}
+PRINTED = TIFF | {"tiff.XResolution": "72", "tiff.YResolution": "72"}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ TIFF = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "50800", "tiff.YResol
         ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"}, GivenPixelSize(0.3), 0.3, "flag"),
         ({"openslide.mpp-x": "nan"} | TIFF, GivenPixelSize(), 0.5, "tiff-resolution"),
         # 72 dpi is a printer's figure, not a microscope's
-        (TIFF | {"tiff.XResolution": "72", "tiff.YResolution": "72"}, GivenPixelSize(0.3), 0.3, "flag"),
+        (PRINTED, GivenPixelSize(0.3), 0.3, "flag"),
         # 300 dpi is 85 um/px: plausible for a scanner's word, not for a TIFF tag
         (
             {"openslide.vendor": "generic-tiff", "openslide.mpp-x": "84.7"},
@@ -38,7 +39,7 @@ TIFF = {"tiff.ResolutionUnit": "inch", "tiff.XResolution": "50800", "tiff.YResol
             "flag",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_first_plausible_rung_is_taken(properties, given, mpp, source):
     size = pixel_size(Path("a.svs"), properties, given)
 

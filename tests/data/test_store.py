@@ -1,0 +1,236 @@
+"""The store: TFDS reads it, damage is seen, and a stop between renames is undone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxhisto.data import store_writer
+from jaxhisto.data.store import TileStore, is_store, manifest_hash
+from jaxhisto.data.store_writer import (
+    StoreWriter,
+    Tile,
+    encode_jpeg,
+    tfds_name,
+    write_part,
+    write_record,
+)
+from jaxhisto.errors import StoreError
+
+FACTS = {"code_version": "0", "dataset": "My set", "tile_px": 24, "failures": []}
+
+
+def image(seed: int) -> np.ndarray:
+    """(24, 24, 3) uint8, red to the left and blue to the right, so that order shows."""
+    ramp = np.linspace(0, 200, 24)[None].repeat(24, 0)
+    return np.stack([200 - ramp, np.full((24, 24), seed % 200), ramp], -1).astype(np.uint8)
+
+
+def add(store: Path, slide: str, n: int) -> dict:
+    """Writes a slide's part and record, as tiling does."""
+    tiles = (
+        Tile(encode_jpeg(image(i), 95, "4:4:4"), slide, "My set", 10 * i, i, 0.499, "flag")
+        for i in range(n)
+    )
+    part = write_part(store, slide, tiles)
+    record = {"id": slide, "tiles": n, "tile_mpp": 0.499}
+    record["part"] = {k: part[k] for k in ("bytes", "sha256")}
+    write_record(store, record)
+    return record
+
+
+def write(store: Path, **slides: int) -> dict:
+    with StoreWriter(store, {"seed": 0}) as writer:
+        records = [add(store, slide, n) for slide, n in slides.items()]
+        return writer.finish(records, FACTS, lambda manifest: "<html>")
+
+
+def test_tfds_reads_the_store(tmp_path):
+    write(tmp_path / "s", a=3, b=2)
+    source = tfds.builder_from_directory(tmp_path / "s").as_data_source(split="train")
+    store = TileStore(tmp_path / "s")
+
+    assert len(source) == len(store) == 5
+    for i in range(5):
+        theirs, ours = source[i], store[i]
+        assert theirs["slide"].decode() == ours["slide"] == ("a" if i < 3 else "b")
+        assert (theirs["x"], theirs["y"]) == (ours["x"], ours["y"])
+        assert theirs["mpp"] == np.float32(0.499)
+        assert ours["mpp"] == 0.499
+        assert theirs["mpp_source"].decode() == ours["mpp_source"] == "flag"
+        assert theirs["dataset"].decode() == ours["dataset"] == "My set"
+        pixels = cv2.imdecode(np.frombuffer(ours["image"], np.uint8), cv2.IMREAD_COLOR_RGB)
+        np.testing.assert_array_equal(theirs["image"], pixels)
+        assert np.abs(pixels.astype(int) - image(i if i < 3 else i - 3)).mean() < 3
+
+
+def test_the_manifest_alone_answers_for_slides_and_sizes(tmp_path):
+    write(tmp_path / "s", a=3, b=2)
+    store = TileStore(tmp_path / "s")
+
+    assert store.slides() == ["a", "a", "a", "b", "b"]
+    assert store.mpp_range() == (0.499, 0.499)
+    assert (store.tile_px, store.dataset, store.path) == (24, "My set", tmp_path / "s")
+    assert store[-1]["y"] == 1
+    with pytest.raises(IndexError):
+        store[5]
+
+
+def test_threads_and_copies_read_the_same(tmp_path):
+    write(tmp_path / "s", a=40, b=40)
+    store = TileStore(tmp_path / "s")
+    alone = [store[i]["image"] for i in range(80)]
+    copy = pickle.loads(pickle.dumps(store))
+    order = np.random.default_rng(0).integers(0, 80, 2000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        for read in (store, copy):
+            images = list(threads.map(lambda i, read=read: read[i]["image"], order))
+            assert images == [alone[i] for i in order]
+
+
+def test_few_open_files_serve_many_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhisto.data.store.OPEN_PARTS", 2)
+    write(tmp_path / "s", **{f"s{i}": 2 for i in range(6)})
+    store = TileStore(tmp_path / "s")
+    before = len(os.listdir("/proc/self/fd"))
+
+    assert [store[i]["slide"] for i in range(12)] == store.slides()
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_jpegs_are_rgb_and_subsampled_as_asked(tmp_path, subsampling):
+    file = tmp_path / "tile.jpg"
+    file.write_bytes(encode_jpeg(image(0), 90, subsampling))
+    with Image.open(file) as read:
+        layers = [layer[1:3] for layer in read.layer]
+        pixels = np.asarray(read)
+
+    assert layers[0] == {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}[subsampling]
+    assert layers[1] == (1, 1)
+    assert pixels[12, 0, 0] > 150 > 50 > pixels[12, 0, 2]
+    assert len(encode_jpeg(image(0), 50, subsampling)) < file.stat().st_size
+
+
+def test_an_edited_manifest_is_refused(tmp_path):
+    write(tmp_path / "s", a=3)
+    file = tmp_path / "s" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["slides"][0]["tile_mpp"] = 0.25
+    file.write_text(json.dumps(manifest))
+
+    with pytest.raises(StoreError, match=r"manifest\.json: does not match its own hash"):
+        TileStore(tmp_path / "s")
+    with pytest.raises(StoreError, match="does not match its own hash"):
+        write(tmp_path / "s", a=3)
+    file.write_text("{")
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read"):
+        TileStore(tmp_path / "s")
+
+
+def test_a_damaged_or_missing_part_is_refused(tmp_path):
+    manifest = write(tmp_path / "s", a=3)
+    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(StoreError, match=f"{part.name}: is damaged"):
+        TileStore(tmp_path / "s")
+
+    part.unlink()
+    with pytest.raises(StoreError, match=f"{part.name}: is missing"):
+        TileStore(tmp_path / "s", verify=False)
+
+
+def test_a_record_that_cannot_be_read_names_its_part(tmp_path):
+    manifest = write(tmp_path / "s", a=3)
+    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
+    part.write_bytes(b"\xff" * part.stat().st_size)
+
+    with pytest.raises(StoreError, match=f"{part.name}: tile 0 cannot be read"):
+        TileStore(tmp_path / "s", verify=False)[0]
+
+
+def test_what_is_not_a_store_is_said(tmp_path):
+    assert not is_store(tmp_path)
+    with pytest.raises(StoreError, match="no tile store here"):
+        TileStore(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(StoreError, match="tiling was stopped"):
+        TileStore(tmp_path)
+
+
+def test_the_hash_is_of_canonical_json():
+    """Restated: sorted keys, no spaces, ASCII, without `hash`."""
+    import hashlib
+
+    text = '{"a":[1,0.5],"b":"\\u00b5"}'
+    assert manifest_hash({"b": "µ", "hash": "x", "a": [1, 0.5]}) == (
+        hashlib.sha256(text.encode()).hexdigest()
+    )
+
+
+@pytest.mark.parametrize("stop_at", range(1, 12))
+def test_a_stop_between_any_two_renames_is_undone(tmp_path, monkeypatch, stop_at):
+    """Extends a store, stops at the nth rename, and starts again."""
+    write(tmp_path / "s", a=3, c=2)
+    whole = write(tmp_path / "t", a=3, b=4, c=2)
+    real, count = os.replace, 0
+
+    def stopping(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == stop_at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    def extend() -> dict:
+        with StoreWriter(tmp_path / "s", {"seed": 0}) as writer:
+            records = []
+            for slide, n in {"a": 3, "b": 4, "c": 2}.items():
+                records.append(writer.finished(slide) or add(tmp_path / "s", slide, n))
+            for record in records:
+                record["part"].pop("file", None)
+            return writer.finish(records, FACTS, lambda manifest: "<html>")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_writer.os, "replace", stopping)
+        try:
+            extend()
+        except KeyboardInterrupt:
+            stopped = True
+        else:
+            stopped = False
+    if is_store(tmp_path / "s"):
+        assert len(TileStore(tmp_path / "s")) in (5, 9)
+    assert stopped == (stop_at <= count)
+    assert extend()["hash"] == whole["hash"] == TileStore(tmp_path / "s").hash
+    names = {p.name for p in (tmp_path / "s").iterdir()}
+    assert names == {p.name for p in (tmp_path / "t").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [("My set", "my_set"), ("2024 batch", "tiles_2024_batch"), ("µ", "tiles"), ("a-b", "a_b")],
+)
+def test_names_become_what_tfds_allows(name, valid):
+    assert tfds_name(name) == valid
+    assert tfds.core.naming.is_valid_dataset_name(valid)
+
+
+def test_importing_the_store_imports_neither_tensorflow_nor_jax():
+    code = "import sys, jaxhisto.data.store; print(sorted({'jax','tensorflow'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,50 @@
+"""The pool with real processes that crash, hang and fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from jaxhisto.errors import SlideError
+from jaxhisto.slides import pool
+
+
+def work(job: tuple[str, str]) -> str:
+    """Does what the job says; `once` and `always` die as a crash in a C library would."""
+    what, note = job
+    if what == "fail":
+        raise SlideError(note)
+    if what == "hang":
+        time.sleep(60)
+    if what == "always" or (what == "once" and not Path(note).exists()):
+        Path(note).touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return f"{what} done"
+
+
+def test_each_job_costs_only_itself(tmp_path):
+    jobs = [
+        ("plain", ""),
+        ("fail", "x.svs: is bad; leave it out"),
+        ("once", str(tmp_path / "once")),
+        ("always", str(tmp_path / "always")),
+        ("plain", ""),
+    ]
+    answers = sorted(pool.run(work, jobs, processes=2, timeout=60), key=lambda a: a.index)
+
+    assert [a.value for a in answers] == ["plain done", None, "once done", None, "plain done"]
+    assert isinstance(answers[1].error, SlideError)
+    assert str(answers[1].error) == "x.svs: is bad; leave it out"
+    assert isinstance(answers[3].error, pool.ProcessDied)
+    assert "exit code -11" in str(answers[3].error)
+
+
+def test_a_job_that_hangs_is_ended():
+    began = time.monotonic()
+    answers = list(pool.run(work, [("hang", ""), ("plain", "")], processes=1, timeout=3))
+
+    assert isinstance(answers[0].error, pool.TooSlow)
+    assert answers[1].value == "plain done"
+    assert time.monotonic() - began < 30
