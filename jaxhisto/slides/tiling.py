@@ -244,7 +244,8 @@ def _cut_all(
             if isinstance(answer.error, StoreError):
                 raise answer.error
             failures.append(Failure(job.id, _reason(job, answer.error)))
-            progress.failed(failures[-1].reason)
+            if len(jobs) > 1:  # a lone slide's reason is the error that ends the run
+                progress.failed(failures[-1].reason)
     return cuts, sorted(failures, key=lambda failure: failure.slide)
 
 
