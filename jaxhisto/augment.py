@@ -12,12 +12,34 @@ where the device multiplies matrices in TF32 (10 bits); with bfloat16 (8 bits) w
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jaxhisto.config import AugmentConfig
+from jaxhisto.transforms import (
+    Cut,
+    Planes,
+    Taps,
+    affine,
+    blur_matrix,
+    blur_weights,
+    brightness,
+    contrast,
+    hue,
+    luma,
+    mean_luma,
+    resize_matrix,
+    resize_taps,
+    saturation,
+)
 
 # Brightness, contrast, saturation, hue (paper: App. C).
 JITTER = {
@@ -27,6 +49,7 @@ JITTER = {
     "heavy": (0.8, 0.8, 0.8, 0.4),
 }
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 TRIES = 10  # as torchvision's RandomResizedCrop, which then takes the middle of the tile
 
 
@@ -51,13 +74,26 @@ class ViewParams(NamedTuple):
     """(N, V) float32: of the blur in pixels of the view; 0: none."""
 
 
+class Slots(NamedTuple):
+    """The colour operations of each view; (scale, grey, mean) are the factors of `affine`."""
+
+    prefix: jax.Array
+    """(N, V, 3, 4) float32: what comes before contrast, two slots each side of hue."""
+    whole: jax.Array
+    """(N, V, 3, 6) float32: all, three slots each side of hue."""
+    hue: jax.Array
+    """(N, V, 2) float32: shift of hue in the prefix and in the whole, turns."""
+    grey: jax.Array
+    """(N, V) bool: turned grey in the end."""
+
+
 def two_views(
     key: jax.Array,
     tiles: jax.Array,
     sizes: jax.Array,
     side: int,
     config: AugmentConfig,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Two random views of each tile.
 
@@ -92,58 +128,56 @@ def draw_views(
 
 def draw_view(key: jax.Array, size: jax.Array, config: AugmentConfig) -> ViewParams:
     """Parameters of one view of a tile of `size` (2,): leaves without the leading (N, V)."""
-    crop_key, turn_key, flip_key, jitter_key, order_key, grey_key, blur_key = (
-        jax.random.fold_in(key, i) for i in range(7)
+    # One draw, cut into pieces: a call each would make the program a good deal longer.
+    draws = jax.random.uniform(key, (2 * TRIES + 17,))
+    crop, rest = jnp.split(draws, [2 * TRIES + 2])
+    turn, flips, jittered, factors, order, grey, blurred, sigma = jnp.split(
+        rest, [1, 3, 4, 8, 12, 13, 14]
     )
-    flips = jax.random.bernoulli(flip_key, 0.5, (2,)) & config.flips
-    jittered, *draws = jax.random.uniform(jitter_key, (5,))
-    blurred, blur = jax.random.uniform(blur_key, (2,))
-    least, most = config.blur_sigma
-    neutral = jnp.array([1.0, 1.0, 1.0, 0.0])
     low, high = (jnp.array(bounds) for bounds in zip(*_ranges(config), strict=True))
-    factors = low + jnp.stack(draws) * (high - low)
+    least, most = config.blur_sigma
+    flips = (flips < 0.5) & config.flips
     return ViewParams(
-        crop=draw_crop(crop_key, size, config.crop_area, config.crop_ratio),
-        turns=jax.random.randint(turn_key, (), 0, 4) * int(config.rot90),
+        crop=draw_crop(crop, size, config.crop_area, config.crop_ratio),
+        turns=jnp.floor(4.0 * turn[0]).astype(jnp.int32) * int(config.rot90),
         flip_y=flips[0],
         flip_x=flips[1],
-        place=_permutation(order_key, 4),
-        factors=jnp.where(jittered < config.jitter_probability, factors, neutral),
-        grey=jax.random.uniform(grey_key) < config.grey_probability,
-        sigma=jnp.where(blurred < config.blur_probability, least + blur * (most - least), 0.0),
+        place=_ranks(order),
+        factors=jnp.where(
+            jittered < config.jitter_probability, low + factors * (high - low), jnp.array(NEUTRAL)
+        ),
+        grey=grey[0] < config.grey_probability,
+        sigma=jnp.where(
+            blurred[0] < config.blur_probability, least + sigma[0] * (most - least), 0.0
+        ),
     )
 
 
 def draw_crop(
-    key: jax.Array, size: jax.Array, area: tuple[float, float], ratio: tuple[float, float]
+    draws: jax.Array, size: jax.Array, area: tuple[float, float], ratio: tuple[float, float]
 ) -> jax.Array:
     """Box (4,) int32 inside `size` (2,), as torchvision's RandomResizedCrop draws it.
 
     Ten boxes are drawn at once and the first that fits is taken, which is the same
     distribution as torchvision's loop; if none fits, the largest middle box whose ratio is
-    allowed, likewise.
+    allowed, likewise. `draws` are 2 * TRIES + 2 uniform numbers in 0..1.
     """
     height, width = size.astype(jnp.float32)
-    area_key, ratio_key, place_key = (jax.random.fold_in(key, i) for i in range(3))
-    areas = height * width * jax.random.uniform(area_key, (TRIES,), minval=area[0], maxval=area[1])
+    areas, ratios, corner = jnp.split(draws, [TRIES, 2 * TRIES])
+    areas = height * width * (area[0] + areas * (area[1] - area[0]))
     low, high = jnp.log(jnp.array(ratio))
-    ratios = jnp.exp(jax.random.uniform(ratio_key, (TRIES,), minval=low, maxval=high))
+    ratios = jnp.exp(low + ratios * (high - low))
     heights, widths = jnp.round(jnp.sqrt(areas / ratios)), jnp.round(jnp.sqrt(areas * ratios))
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
     first = fits & (jnp.cumsum(fits) == 1)
-    whole = jnp.stack(
-        [
-            jnp.minimum(height, jnp.round(width / ratio[0])),
-            jnp.minimum(width, jnp.round(height * ratio[1])),
-        ]
-    )
     drawn = jnp.stack([jnp.where(first, heights, 0.0).sum(), jnp.where(first, widths, 0.0).sum()])
+    most = jnp.stack([jnp.round(width / ratio[0]), jnp.round(height * ratio[1])])
+    whole = jnp.minimum(jnp.stack([height, width]), most)
     box = jnp.where(fits.any(), drawn, whole)
     room = jnp.stack([height, width]) - box
-    share = jnp.where(fits.any(), jax.random.uniform(place_key, (2,)), 0.5)
     # floor(u * (room + 1)) is uniform over 0..room; u * (room + 1) may round up to room + 1.
-    corner = jnp.minimum(jnp.floor(share * (room + 1.0)), room)
-    return jnp.concatenate([corner, box]).astype(jnp.int32)
+    corner = jnp.where(fits.any(), jnp.floor(corner * (room + 1.0)), jnp.floor(room / 2.0))
+    return jnp.concatenate([jnp.minimum(corner, room), box]).astype(jnp.int32)
 
 
 def apply_views(
@@ -151,62 +185,101 @@ def apply_views(
     tiles: jax.Array,
     side: int,
     config: AugmentConfig,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Carries out `params` on `tiles` (N, H, W, 3) uint8: (N, V, side, side, 3) in 0..1.
 
     Of `config` only the shape of the work is used: what it switches off is not computed.
+    Every device works on its own rows: nothing is sent.
     """
-    images = crop_resize(tiles, params, side)
-    if config.jitter != "none" and config.jitter_probability > 0:
-        images = jitter(images, params.place, params.factors)
-    if config.grey_probability > 0:
-        images = greyscale(images, params.grey)
+    work = partial(_local_views, side=side, config=config, dtype=dtype)
+    mesh, rows = _row_sharding(tiles)
+    if rows is not None:
+        work = jax.shard_map(work, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    return work(params, tiles)
+
+
+def _row_sharding(tiles: jax.Array) -> tuple[AbstractMesh, P | None]:
+    """The mesh in use and how it splits the rows of `tiles`; None: not at all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    typed = jax.typeof(tiles).sharding
+    mesh = typed.mesh if mesh.empty else mesh
+    if mesh.empty or mesh.manual_axes:
+        return mesh, None
+    if mesh.are_all_axes_explicit:
+        return mesh, P(typed.spec[0])
+    # Axes that XLA shards by itself are not in the type; the batch is split over all of them.
+    return mesh, P(mesh.axis_names) if tiles.shape[0] % mesh.size == 0 else None
+
+
+def _local_views(
+    params: ViewParams, tiles: jax.Array, *, side: int, config: AugmentConfig, dtype: DTypeLike
+) -> jax.Array:
+    """`apply_views` on one device, in the form that is fast there."""
+    return jax.lax.platform_dependent(
+        params,
+        tiles,
+        cpu=partial(views_by_taps, side=side, config=config, dtype=dtype),
+        default=partial(views_by_products, side=side, config=config, dtype=dtype),
+    )
+
+
+def views_by_products(
+    params: ViewParams,
+    tiles: jax.Array,
+    side: int,
+    config: AugmentConfig,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """`apply_views` with matrices for crop and blur: no gather, and matrix units do the work.
+
+    Elements of the matrices and images are of `dtype` in the products, sums are float32.
+    """
+    _, H, W, _ = tiles.shape
+    rows, columns = _axes(params)
+    matrices = (resize_matrix(rows, H, side), resize_matrix(columns, W, side))
+    images = crop_resize(tiles, *(m.astype(dtype) for m in matrices))
+    images = _recolour(images, colour_slots(params), config)
     if config.blur_probability > 0:
-        images = blur(images, params.sigma)
+        images = blur(images, blur_matrix(params.sigma, side).astype(dtype))
     return turn(images, params.turns).astype(dtype)
 
 
-def crop_resize(tiles: jax.Array, params: ViewParams, side: int) -> jax.Array:
-    """Crops, resizes (bilinear, antialias) and flips; all of `turn` but the transposition.
+def _recolour(images: jax.Array, slots: Slots, config: AugmentConfig) -> jax.Array:
+    if config.jitter != "none" and config.jitter_probability > 0:
+        images = jitter(images, slots)
+    if config.grey_probability > 0:
+        grey = luma(_planes(images))[..., None, :]
+        images = jnp.where(slots.grey[..., None, None, None], grey, images)
+    return images
+
+
+def crop_resize(tiles: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Crops, resizes and flips `tiles` (N, H, W, 3) uint8 with two `resize_matrix`.
 
     Returns:
-      (N, V, side, 3, side) float32 in 0..1.
+      (N, V, side, 3, side) float32 in 0..1; the transposition of an odd turn is left to `turn`.
     """
     N, H, W, _ = tiles.shape
-    V = params.turns.shape[1]
+    V, side = rows.shape[1:3]
+    planes = jnp.transpose(tiles, (0, 1, 3, 2)).reshape(N, H, 3 * W).astype(rows.dtype)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # All views in one product, whose right side is the tile, line after line.
+    tall = product("nyh,nhk->nyk", rows.reshape(N, V * side, H), planes)
+    tall = (tall / 255.0).astype(rows.dtype).reshape(N, V, side * 3, W)
+    return product("nvkw,nvxw->nvkx", tall, columns).reshape(N, V, side, 3, side)
+
+
+def _axes(params: ViewParams) -> tuple[Cut, Cut]:
+    """The crop's rows and columns, with turns as flips."""
     odd = params.turns % 2 == 1
     # A turn is flips and, if odd, a transposition, which is left to the end. What then flips
     # the rows of the result has to flip the columns before it.
     flip_y = params.flip_y ^ ((params.turns == 1) | (params.turns == 2))
     flip_x = params.flip_x ^ ((params.turns == 2) | (params.turns == 3))
-    flip_rows, flip_columns = jnp.where(odd, flip_x, flip_y), jnp.where(odd, flip_y, flip_x)
     top, left, height, width = jnp.moveaxis(params.crop, -1, 0)
-    rows = resize_matrix(top, height, flip_rows, H, side)
-    columns = resize_matrix(left, width, flip_columns, W, side) / 255.0
-    planes = jnp.transpose(tiles, (0, 1, 3, 2)).reshape(N, H, 3 * W).astype(jnp.float32)
-    # Both views in one product, whose right side is the tile as it lies in memory.
-    tall = jnp.matmul(rows.reshape(N, V * side, H), planes).reshape(N, V, side * 3, W)
-    return jnp.einsum("nvkw,nvxw->nvkx", tall, columns).reshape(N, V, side, 3, side)
-
-
-def resize_matrix(
-    start: jax.Array, length: jax.Array, flip: jax.Array, size: int, side: int
-) -> jax.Array:
-    """(..., side, size): resamples pixels start..start+length of `size` to `side`.
-
-    Bilinear with antialias: a triangle as wide as a pixel of the coarser grid, cut off at
-    the ends of the crop and normalised (torchvision's resize with antialias=True).
-    """
-    start, length = (a.astype(jnp.float32)[..., None, None] for a in (start, length))
-    place = jax.lax.broadcasted_iota(jnp.float32, (1,) * flip.ndim + (side, 1), flip.ndim)
-    place = jnp.where(flip[..., None, None], side - 1 - place, place)
-    pixel = jax.lax.broadcasted_iota(jnp.float32, (1,) * flip.ndim + (1, size), flip.ndim + 1)
-    scale = length / side
-    distance = start + (place + 0.5) * scale - (pixel + 0.5)
-    weight = jnp.maximum(1.0 - jnp.abs(distance) / jnp.maximum(scale, 1.0), 0.0)
-    weight = jnp.where((pixel >= start) & (pixel < start + length), weight, 0.0)
-    return weight / weight.sum(-1, keepdims=True)
+    rows = Cut(top, height, jnp.where(odd, flip_x, flip_y))
+    return rows, Cut(left, width, jnp.where(odd, flip_y, flip_x))
 
 
 def turn(images: jax.Array, turns: jax.Array) -> jax.Array:
@@ -215,129 +288,194 @@ def turn(images: jax.Array, turns: jax.Array) -> jax.Array:
     return jnp.where(odd, jnp.einsum("nvycx->nvxyc", images), jnp.einsum("nvycx->nvyxc", images))
 
 
-def jitter(images: jax.Array, place: jax.Array, factors: jax.Array) -> jax.Array:
-    """Brightness, contrast, saturation and hue, each once, in the order of `place` (N, V, 4).
+def jitter(images: jax.Array, slots: Slots) -> jax.Array:
+    """Brightness, contrast, saturation and hue, each once, in the order `slots` were made for.
 
     Hue splits the chain: what comes before it and after it are runs of `affine`. The mean
     that contrast needs is taken in a pass of its own, over the operations before contrast.
     """
-    rgb = tuple(images[..., c, :] for c in range(3))
-    before = place < place[..., CONTRAST, None]
-    unchanged = jnp.zeros(place.shape[:2], images.dtype)
-    mean = luma(_chain(rgb, place, _neutral_unless(before, factors), unchanged)).mean((-2, -1))
-    return jnp.stack(_chain(rgb, place, factors, mean), axis=-2)
+    rgb = _planes(images)
+    mean = jnp.zeros(slots.grey.shape)
+    mean = mean_luma(_chain(rgb, slots.prefix, slots.hue[..., 0], mean))
+    return jnp.stack(_chain(rgb, slots.whole, slots.hue[..., 1], mean), axis=-2)
 
 
-def greyscale(images: jax.Array, grey: jax.Array) -> jax.Array:
-    """Luma in all three channels where `grey` (N, V)."""
-    value = luma(tuple(images[..., c, :] for c in range(3)))[..., None, :]
-    return jnp.where(grey[..., None, None, None], value, images)
-
-
-def blur(images: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Gaussian of `sigma` (N, V) px, taps 2*int(0.1*side/2)+1, edges reflected."""
-    matrix = blur_matrix(sigma, images.shape[-1])
-    N, V, side = images.shape[:3]
-    tall = jnp.einsum("nvyi,nvik->nvyk", matrix, images.reshape(N, V, side, 3 * side))
-    wide = jnp.einsum("nvki,nvxi->nvkx", tall.reshape(N, V, side * 3, side), matrix)
-    return wide.reshape(images.shape)
-
-
-def blur_matrix(sigma: jax.Array, side: int) -> jax.Array:
-    """(..., side, side): blurs one axis; the identity where sigma is 0."""
-    radius = int(0.1 * side / 2)
-    sigma = sigma[..., None, None]
-    to = jax.lax.broadcasted_iota(jnp.int32, (1,) * (sigma.ndim - 2) + (side, side), sigma.ndim - 2)
-    source = jax.lax.broadcasted_iota(jnp.int32, to.shape, sigma.ndim - 1)
-    # A pixel is met up to three times: itself, mirrored in the first and in the last pixel.
-    seen = (to - source, to + source, 2 * (side - 1) - to - source)
-    edge = (source >= 0, source > 0, source < side - 1)
-    weight = sum(
-        jnp.where(e & (abs(d) <= radius), _gauss(d, sigma), 0.0)
-        for d, e in zip(seen, edge, strict=True)
-    )
-    return weight / weight.sum(-1, keepdims=True)
-
-
-def luma(rgb: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    """Grey value of RGB planes, with torchvision's weights (ITU-R BT.601)."""
-    red, green, blue = rgb
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-def affine(rgb, scale, grey, offset):
-    """clip(scale * rgb + grey * luma + offset) to 0..1; the three factors are (N, V).
-
-    Brightness f is (f, 0, 0), saturation (f, 1 - f, 0), contrast (f, 0, (1 - f) * mean luma).
-    """
-    scale, grey, offset = (a[..., None, None] for a in (scale, grey, offset))
-    shared = grey * luma(rgb) + offset
-    return tuple(jnp.clip(scale * plane + shared, 0.0, 1.0) for plane in rgb)
-
-
-def hue(rgb, shift):
-    """Turns the hue by `shift` (N, V) of a full turn, as through HSV and back."""
-    red, green, blue = rgb
-    most = jnp.maximum(jnp.maximum(red, green), blue)
-    chroma = most - jnp.minimum(jnp.minimum(red, green), blue)
-    inverse = 1.0 / jnp.where(chroma == 0, 1.0, chroma)
-    sextant = jnp.where(
-        most == red,
-        (green - blue) * inverse,
-        jnp.where(most == green, 2.0 + (blue - red) * inverse, 4.0 + (red - green) * inverse),
-    )
-    sextant = sextant + 6.0 * shift[..., None, None]
-
-    def plane(offset: float) -> jax.Array:
-        k = sextant + offset
-        k = k - 6.0 * jnp.floor(k / 6.0)
-        return most - chroma * jnp.clip(jnp.minimum(k, 4.0 - k), 0.0, 1.0)
-
-    return plane(5.0), plane(3.0), plane(1.0)
-
-
-def _chain(rgb, place, factors, mean):
-    """The four operations in order, `affine` in the slots before and after hue."""
+def colour_slots(params: ViewParams) -> Slots:
+    """Sorts the four operations of each view into slots around hue."""
+    place, factors = params.place, params.factors
+    early = place < place[..., CONTRAST, None]
+    neutral = jnp.broadcast_to(jnp.array(NEUTRAL), factors.shape)
+    prefix = jnp.where(early, factors, neutral)
     at_hue = place[..., HUE]
-    for slot in range(3):
-        rgb = affine(rgb, *_slot(slot, place, factors, mean, slot < at_hue))
-    rgb = hue(rgb, factors[..., HUE])
-    for slot in range(1, 4):
-        rgb = affine(rgb, *_slot(slot, place, factors, mean, slot > at_hue))
-    return rgb
+
+    def run(factors: jax.Array, before: range, after: range) -> jax.Array:
+        slots = [_slot(slot, place, factors, slot < at_hue) for slot in before]
+        slots += [_slot(slot, place, factors, slot > at_hue) for slot in after]
+        return jnp.stack(slots, axis=-1)
+
+    return Slots(
+        prefix=run(prefix, range(2), range(1, 3)),
+        whole=run(factors, range(3), range(1, 4)),
+        hue=jnp.stack([prefix[..., HUE], factors[..., HUE]], axis=-1),
+        grey=params.grey,
+    )
 
 
-def _slot(slot, place, factors, mean, used):
-    """Factors of `affine` for what stands in `slot`; those of the identity unless `used`."""
+def _slot(slot: int, place: jax.Array, factors: jax.Array, used: jax.Array) -> jax.Array:
+    """(N, V, 3): factors of `affine` for what stands in `slot`, if `used`, else of nothing."""
 
     def stands(operation: int) -> jax.Array:
         return used & (place[..., operation] == slot)
 
-    scale = jnp.ones_like(mean)
+    scale = jnp.ones(used.shape)
     for operation in (BRIGHTNESS, CONTRAST, SATURATION):
         scale = jnp.where(stands(operation), factors[..., operation], scale)
     grey = jnp.where(stands(SATURATION), 1.0 - scale, 0.0)
-    offset = jnp.where(stands(CONTRAST), (1.0 - scale) * mean, 0.0)
-    return scale, grey, offset
+    mean = jnp.where(stands(CONTRAST), 1.0 - scale, 0.0)
+    return jnp.stack([scale, grey, mean], axis=-1)
 
 
-def _neutral_unless(used: jax.Array, factors: jax.Array) -> jax.Array:
-    return jnp.where(
-        used, factors, jnp.broadcast_to(jnp.array([1.0, 1.0, 1.0, 0.0]), factors.shape)
+def _chain(rgb: Planes, slots: jax.Array, shift: jax.Array, mean: jax.Array) -> Planes:
+    """Half of `slots` (N, V, 3, n) as `affine`, then hue, then the other half."""
+    count = slots.shape[-1]
+    for i in range(count):
+        if i == count // 2:
+            rgb = hue(rgb, shift[..., None, None])
+        scale, grey, offset = (slots[..., k, i] for k in range(3))
+        factors = (scale, grey, offset * mean)
+        rgb = affine(rgb, *(a[..., None, None] for a in factors))
+    return rgb
+
+
+def blur(images: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Blurs with `blur_matrix`: taps 2*int(0.1*side/2)+1, edges reflected."""
+    N, V, side = images.shape[:3]
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    lines = images.reshape(N, V, side, 3 * side).astype(matrix.dtype)
+    tall = product("nvyi,nvik->nvyk", matrix, lines).reshape(N, V, side * 3, side)
+    return product("nvki,nvxi->nvkx", tall.astype(matrix.dtype), matrix).reshape(images.shape)
+
+
+def _planes(images: jax.Array) -> Planes:
+    return images[..., 0, :], images[..., 1, :], images[..., 2, :]
+
+
+def views_by_taps(
+    params: ViewParams,
+    tiles: jax.Array,
+    side: int,
+    config: AugmentConfig,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """`apply_views` as sums over the few pixels that count, one view after the other.
+
+    On a CPU this is several times faster: products with zero are saved, the branches of a
+    view that is not jittered or blurred are not taken, and an image stays in the cache.
+    """
+    _, H, W, _ = tiles.shape
+    rows, columns = _axes(params)
+    # Weights are made before the loop: inside, XLA would compute them anew for each pixel.
+    weights = (
+        resize_taps(rows, H, side),
+        resize_taps(columns, W, side),
+        blur_weights(params.sigma, side),
+    )
+    view = partial(_view_by_taps, side=side, config=config)
+
+    def row(inputs: tuple) -> jax.Array:
+        tile, of_views = inputs
+        planes = jnp.transpose(tile, (2, 0, 1))
+        return jax.lax.map(lambda of_view: view(planes, *of_view).astype(dtype), of_views)
+
+    return jax.lax.map(row, (tiles, (params, *weights)))
+
+
+def _view_by_taps(
+    planes: jax.Array,
+    params: ViewParams,
+    rows: Taps,
+    columns: Taps,
+    blur_weight: jax.Array,
+    *,
+    side: int,
+    config: AugmentConfig,
+) -> jax.Array:
+    """One view (side, side, 3) of the tile `planes` (3, H, W); leaves without (N, V)."""
+    image = crop_resize_taps(planes, rows, columns)
+    if config.jitter != "none" and config.jitter_probability > 0:
+        neutral = (params.factors == jnp.array(NEUTRAL)).all()
+        image = _unless(neutral, partial(jitter_in_order, params=params), image)
+    if config.grey_probability > 0:
+        image = _unless(~params.grey, _all_luma, image)
+    if config.blur_probability > 0:
+        image = _unless(params.sigma == 0, partial(blur_taps, weight=blur_weight), image)
+    return jnp.where(params.turns % 2 == 1, image.transpose(2, 1, 0), image.transpose(1, 2, 0))
+
+
+def _unless(skip: jax.Array, work: Callable[[jax.Array], jax.Array], image: jax.Array) -> jax.Array:
+    return jax.lax.cond(skip, lambda image: image, work, image)
+
+
+def crop_resize_taps(planes: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
+    """`crop_resize` of one view with two `resize_taps`: (3, side, side)."""
+    lines = (planes.at[:, y].get(mode="promise_in_bounds") for y in rows.pixel)
+    tall = _total(
+        weight[None, :, None] * line.astype(jnp.float32)
+        for weight, line in zip(rows.weight, lines, strict=True)
+    )
+
+    def widen(plane: jax.Array) -> jax.Array:
+        return _total(
+            weight[None] * plane.at[:, x].get(mode="promise_in_bounds")
+            for x, weight in zip(columns.pixel, columns.weight / 255.0, strict=True)
+        )
+
+    return jax.lax.map(widen, tall)
+
+
+def jitter_in_order(image: jax.Array, params: ViewParams) -> jax.Array:
+    """`jitter` of one view (3, side, side), operation after operation."""
+    operations = (brightness, contrast, saturation, hue)
+
+    def step(place: int | jax.Array, rgb: Planes) -> Planes:
+        operation = jnp.argmax(params.place == place)
+        return jax.lax.switch(operation, operations, rgb, params.factors[operation])
+
+    return jnp.stack(jax.lax.fori_loop(0, 4, step, (image[0], image[1], image[2])))
+
+
+def _all_luma(image: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(luma((image[0], image[1], image[2]))[None], image.shape)
+
+
+def blur_taps(image: jax.Array, weight: jax.Array) -> jax.Array:
+    """`blur` of one view (3, side, side) with `blur_weights`, as sums of shifted planes."""
+    side, radius = image.shape[-1], weight.shape[0] // 2
+    for axis in (1, 2):
+        pad = [(radius, radius) if i == axis else (0, 0) for i in range(3)]
+        soften = partial(_weighted_shifts, weight=weight, side=side, axis=axis - 1)
+        # A loop over the planes: XLA would fuse across and pad anew for each of the taps.
+        image = jax.lax.map(soften, jnp.pad(image, pad, mode="reflect"))
+    return image
+
+
+def _weighted_shifts(plane: jax.Array, weight: jax.Array, side: int, axis: int) -> jax.Array:
+    return _total(
+        weight[i] * jax.lax.slice_in_dim(plane, i, i + side, axis=axis)
+        for i in range(weight.shape[0])
     )
 
 
-def _gauss(distance: jax.Array, sigma: jax.Array) -> jax.Array:
-    spread = jnp.where(sigma > 0, sigma, 1e-3)  # of 1e-3, all but the pixel itself is 0
-    return jnp.exp(-0.5 * jnp.square(distance.astype(jnp.float32) / spread))
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    return reduce(operator.add, terms)
 
 
-def _permutation(key: jax.Array, n: int) -> jax.Array:
-    """Rank of each of n draws: a random permutation without a sort."""
-    draw = jax.random.uniform(key, (n,))
-    index = jnp.arange(n, dtype=jnp.int32)
-    tie = (draw[:, None] == draw[None]) & (index[:, None] > index[None])
-    return ((draw[:, None] > draw[None]) | tie).sum(1).astype(jnp.int32)
+def _ranks(draws: jax.Array) -> jax.Array:
+    """Rank of each draw: a random permutation without a sort."""
+    index = jnp.arange(draws.shape[0], dtype=jnp.int32)
+    one, other = draws[:, None], draws[None]
+    tie = (one == other) & (index[:, None] > index[None])
+    return ((one > other) | tie).sum(1).astype(jnp.int32)
 
 
 def _ranges(config: AugmentConfig) -> list[tuple[float, float]]:
