@@ -2,7 +2,8 @@
 
 What an 8-bit grey, palette or RGB file says is what comes back. Anything that would need a
 guess is refused by name: more than 8 bits (which window?), CMYK (which profile?), transparency
-(which background?), several pages (which?), damaged data (which pixels?).
+(which background?), several pages (which?), damaged data (which pixels?). One thing no decoder
+sees: a JPEG holds no checksum, so bytes changed in its middle come back as other pixels.
 """
 
 from __future__ import annotations

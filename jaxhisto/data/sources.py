@@ -326,9 +326,9 @@ def _listing(folder: Path) -> list[str]:
         dirs[:] = sorted(d for d in dirs if not d.startswith("."))
         if UNFINISHED in dirs and _is_tiling(Path(root, UNFINISHED)):
             raise StoreError(f"{root}: tiling was stopped; run the same `jaxhisto tile` again.")
-        if MANIFEST in files or any(".array_record" in name for name in files):
+        if any(".array_record" in name for name in files):
             raise StoreError(
-                f"{root}: is a tile store inside an image folder, or one without its manifest; "
+                f"{root}: is a tile store inside an image folder, or one without its {MANIFEST}; "
                 "list finished stores by their own path."
             )
         inside = Path(root).relative_to(folder)

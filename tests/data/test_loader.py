@@ -41,7 +41,7 @@ def workers() -> int:
 def settled(count: int) -> bool:
     """Whether the loader's threads come down to a count within a few seconds."""
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while workers() > count and time.monotonic() < deadline:
         time.sleep(0.01)
     return workers() <= count
@@ -193,7 +193,7 @@ def test_a_process_that_fails_in_its_loop_ends(folder: Path) -> None:
         "    raise KeyboardInterrupt('as if by Ctrl-C')\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False
     )
     assert "as if by Ctrl-C" in ended.stderr
     assert ended.returncode != 0

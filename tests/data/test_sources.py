@@ -167,7 +167,7 @@ def test_an_unfinished_store_is_no_folder_of_images(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="tile store inside an image folder"):
         opened(tmp_path / "above")
     (store / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="without its manifest"):
+    with pytest.raises(StoreError, match=r"without its manifest\.json"):
         opened(store)
 
 
