@@ -82,8 +82,18 @@ class PlainResNet(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 
-def build_resnet(architecture: Architecture) -> tuple[nn.Module, str]:
-    """A ResNet with `fc` an Identity, and which one it is: `torchvision 0.29.2` or ours."""
+def empty_resnet(architecture: Architecture) -> tuple[nn.Module, str]:
+    """A ResNet with `fc` an Identity, and which one it is: `torchvision 0.29.2` or ours.
+
+    Its weights are whatever was in memory: nobody waits for an initialisation that a strict
+    load overwrites.
+    """
+    with torch.device("meta"):
+        network, which = _stock_or_plain(architecture)
+    return network.to_empty(device="cpu"), which
+
+
+def _stock_or_plain(architecture: Architecture) -> tuple[nn.Module, str]:
     try:
         import torchvision
         from torchvision.models import resnet
@@ -158,6 +168,6 @@ def load_encoder(path: str | Path) -> Encoder:
             f"{path}: not a file of this project ({one_sentence(found)}), see what "
             "`python -m jaxhisto_export verify` says of it."
         )
-    resnet, _ = build_resnet(file.architecture)
+    resnet, _ = empty_resnet(file.architecture)
     resnet.load_state_dict(file.backbone(), strict=True)
     return Encoder(resnet, file.provenance).eval()

@@ -13,7 +13,7 @@ from torchvision.models.resnet import ResNet
 from jaxhisto_export import load_encoder
 from jaxhisto_export.architecture import ARCHITECTURES
 from jaxhisto_export.errors import ExportFileError
-from jaxhisto_export.torch_resnet import PlainResNet, build_resnet
+from jaxhisto_export.torch_resnet import PlainResNet, empty_resnet
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,7 @@ def test_plain_resnet_is_torchvisions(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(WIDTHS))
 def test_torchvisions_resnet_is_taken_where_it_is(name: str) -> None:
-    with torch.device("meta"):
-        network, which = build_resnet(ARCHITECTURES[name])
+    network, which = empty_resnet(ARCHITECTURES[name])
     assert isinstance(network, ResNet)
     assert which.startswith("torchvision 0.")
     assert len(network.state_dict()) == len(ARCHITECTURES[name].backbone())
