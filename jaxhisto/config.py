@@ -328,7 +328,8 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[s
 def _positional(hint: Any) -> Any:
     import tyro
 
-    return tyro.conf.Positional[hint]
+    positional: Any = tyro.conf.Positional
+    return positional[hint]
 
 
 def _with_positionals(cls: type[Config]) -> type[Config]:

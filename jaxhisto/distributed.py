@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +10,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.errors import RunError
-
-Arrays = TypeVar("Arrays")
 
 
 def make_mesh(devices: int = 0) -> Mesh:
@@ -33,7 +31,7 @@ def make_mesh(devices: int = 0) -> Mesh:
     return jax.make_mesh((count,), ("data",), (AxisType.Explicit,), devices=found[:count])
 
 
-def to_global(arrays: Arrays, mesh: Mesh) -> Arrays:
+def to_global(arrays: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch, as global arrays sharded over `data` on axis 0.
 
     Args:

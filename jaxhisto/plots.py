@@ -12,7 +12,9 @@ from PIL import Image
 GAP = 4
 
 
-def view_sheet(tiles: np.ndarray, views: np.ndarray, path: str | Path, side: int = 128) -> Path:
+def view_sheet(
+    tiles: Sequence[np.ndarray], views: np.ndarray, path: str | Path, side: int = 128
+) -> Path:
     """Draws each tile with its views beside it, a row a tile.
 
     Args:

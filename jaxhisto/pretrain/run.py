@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig) -> Path:
             tiles, config.data, config.batch_size, config.seed, start, steps,
             process=jax.process_index(), processes=jax.process_count(),
         )  # fmt: skip
-        with new_log(config, out, start, steps) as log:
+        with closing(feed), new_log(config, out, start, steps) as log:
             pending = Pending(log, checkpoints)
             for step, batch, wait_s in timed(feed):
                 rows = to_global((batch.tiles, batch.sizes), mesh)
