@@ -17,7 +17,11 @@ from jaxhisto.pretrain.step import make_embed
 
 
 def torch_simclr(arch: str) -> torch.nn.Module:
-    """torchvision's network with the published head and random running statistics."""
+    """torchvision's network with the published head, and BatchNorm random in all it holds.
+
+    The scales keep the features near those of trained networks: with PyTorch's initial scale of
+    1, a ResNet101's grow to 500, where float32 itself is no finer than 3e-5.
+    """
     torch.manual_seed(1)
     if arch == "resnet10":
         model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
@@ -33,6 +37,10 @@ def torch_simclr(arch: str) -> torch.nn.Module:
                 buffer.normal_(0, 0.1)
             elif name.endswith("running_var"):
                 buffer.uniform_(0.8, 1.6)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.2, 0.6)
+                module.bias.normal_(0, 0.1)
     return model
 
 
@@ -69,10 +77,11 @@ def test_initial_weights_are_spread_as_torchvisions(arch: str) -> None:
     torch.manual_seed(0)
     theirs = torch_simclr(arch).state_dict()
     for name, tensor in theirs.items():
-        if "running" in name or "num_batches" in name:
+        if "running" in name or "num_batches" in name or tensor.ndim == 1:
             continue
         spread, expected = ours[name].std(), tensor.numpy().std()
         np.testing.assert_allclose(spread, expected, rtol=0.15, atol=1e-6, err_msg=name)
+    assert set(np.unique(ours["layer1.0.bn2.weight"])) == {1.0}  # zero-gamma is off
     head, bound = ours["fc.1.weight"], ours["fc.1.weight"].shape[1] ** -0.5
     assert 0.99 * bound < np.abs(head).max() <= bound
 
