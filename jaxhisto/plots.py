@@ -62,7 +62,8 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], chance: float, path: str | 
             right.plot(*_smooth(step, _column(metrics, name)), label=label)
     right.set(xlabel="step", ylim=(-0.1, 1.05))
     for axes in (left, right):
-        axes.legend(frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     return Path(path)

@@ -1,0 +1,44 @@
+"""Pictures show what they are given: pixels in the right cell, curves at the right height."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from jaxhisto.plots import loss_curve, view_sheet
+
+
+def test_each_tile_stands_beside_its_own_views(tmp_path):
+    tiles = [np.full((50, 50, 3), c, np.uint8) for c in (10, 200)]
+    views = np.stack([np.full((2, 32, 32, 3), c / 255, np.float32) for c in (60, 120)])
+    sheet = np.asarray(Image.open(view_sheet(tiles, views, tmp_path / "v.png", side=64)))
+    centres = [[sheet[36 + 68 * row, 36 + 68 * column, 0] for column in range(3)] for row in (0, 1)]
+    assert centres == [[10, 60, 60], [200, 120, 120]]
+
+
+def test_a_tile_that_is_not_square_keeps_its_shape(tmp_path):
+    tiles = [np.zeros((20, 40, 3), np.uint8)]
+    views = np.zeros((1, 2, 8, 8, 3), np.float32)
+    sheet = np.asarray(Image.open(view_sheet(tiles, views, tmp_path / "v.png", side=64)))
+    assert (sheet[4:36, 4:68] == 0).all()
+    assert (sheet[37:67, 4:68] == 255).all()
+
+
+def test_a_falling_loss_is_drawn_falling(tmp_path):
+    metrics = [
+        {"step": i, "loss": 5 - i / 50, "accuracy": i / 100, "pos_sim": 0.9, "neg_sim": 0.1}
+        for i in range(1, 101)
+    ]
+    path = loss_curve(metrics, math.log(127), tmp_path / "loss.png")
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    blue = (abs(pixels - (31, 119, 180)).sum(-1) < 30)[:, : pixels.shape[1] // 2]
+    rows = [np.flatnonzero(blue[:, x]).mean() for x in np.flatnonzero(blue.any(0))]
+    assert len(rows) > 100
+    assert rows[len(rows) // 4] < rows[-1]  # rows count from the top
+
+
+def test_a_step_without_a_finite_loss_does_not_break_the_curve(tmp_path):
+    metrics = [{"step": i, "loss": None if i == 5 else 1.0} for i in range(1, 9)]
+    assert loss_curve(metrics, 2.0, tmp_path / "loss.png").exists()

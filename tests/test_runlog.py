@@ -1,0 +1,57 @@
+"""metrics.jsonl is the record: each step once, whole lines, also after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxhisto.errors import RunError
+from jaxhisto.runlog import Progress, RunLog, read_metrics
+
+
+def log(run, start, stop):
+    with RunLog(run, start_step=start, steps=9, batch_size=4) as record:
+        for step in range(start + 1, stop + 1):
+            record.scalars(step, {"loss": float(step)}, wait_s=0.0)
+
+
+def test_a_resume_leaves_each_step_once(tmp_path):
+    log(tmp_path, 0, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # what a kill leaves
+    assert [m["step"] for m in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    log(tmp_path, 4, 9)
+    assert [m["step"] for m in read_metrics(tmp_path)] == list(range(1, 10))
+    assert all(
+        {"loss", "images_per_s", "wait_s", "time"} <= m.keys() for m in read_metrics(tmp_path)
+    )
+
+
+def test_a_value_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
+    with RunLog(tmp_path, start_step=0, steps=1, batch_size=4) as record:
+        record.scalars(1, {"loss": float("nan")}, wait_s=0.0)
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+
+
+def test_reading_what_is_no_run_names_the_remedy(tmp_path):
+    with pytest.raises(RunError, match="jaxhisto pretrain"):
+        read_metrics(tmp_path)
+
+
+def test_plain_progress_lines_every_few_steps(capsys):
+    progress = Progress("pretraining", total=10, every=4)
+    for step in range(1, 11):
+        progress.update(step, "loss 1")
+    progress.close()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said] == ["1/10", "4/10", "8/10", "10/10"]
+    assert all("ETA" in line for line in said)
+
+
+def test_tensorboard_events_hold_the_loss(tmp_path):
+    with RunLog(tmp_path, start_step=0, steps=1, batch_size=4, tensorboard=True) as record:
+        record.scalars(1, {"loss": 2.5}, wait_s=0.0)
+    events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+    assert b"loss" in events
