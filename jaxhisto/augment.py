@@ -1,13 +1,14 @@
 """The random views of a tile, made on the device (paper: App. C).
 
 A view is crop -> turn and flip -> colour jitter -> grey -> blur, with parameters of its own
-for each (row, view). Cropping, resizing, turning and blurring are products with small
-matrices, one for each axis of each view, so that nothing is gathered, and no image leaves
-the device that holds its tile.
+for each (row, view). There are two forms of the same arithmetic: batched products with small
+matrices, which need no gather and run on matrix units, and sums over the few pixels that
+count, which a CPU does sooner. No image leaves the device that holds its tile.
 
-Planes are kept apart: between the functions a batch of views is `(N, V, y, 3, x)`, RGB in
-0..1. Values agree with torchvision's at the same parameters within 2/255 in float32, also
-where the device multiplies matrices in TF32 (10 bits); with bfloat16 (8 bits) within 4/255.
+Every operation agrees with torchvision's at the same parameters within 2/255 in float32, also
+where the device multiplies matrices in TF32 (10 bits of mantissa; pixels are exact in it);
+geometry and blur with bfloat16 operands within 4/255. In between, a batch of views is
+(N, V, y, 3, x), a single one (3, y, x), RGB in 0..1.
 """
 
 from __future__ import annotations
