@@ -44,10 +44,9 @@ CONFIG = PretrainConfig(
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-@pytest.fixture(scope="module")
-def batch() -> tuple[np.ndarray, np.ndarray]:
+def make_batch(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Tiles of unlike colour, the last ones smaller than the canvas."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     colour = rng.uniform(40, 215, (N, 1, 1, 3))
     tiles = np.clip(colour + rng.normal(0, 30, (N, 48, 48, 3)), 0, 255).astype(np.uint8)
     sizes = np.full((N, 2), 48, np.int32)
@@ -55,6 +54,11 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     tiles[-4:, 40:] = 0
     tiles[-4:, :, 40:] = 0
     return tiles, sizes
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    return make_batch(0)
 
 
 def compile_step(devices: int, batch: tuple[np.ndarray, np.ndarray]) -> Any:
@@ -74,34 +78,46 @@ def on_four(batch: tuple[np.ndarray, np.ndarray]) -> Any:
     return compile_step(4, batch)
 
 
-def run(step: Step, devices: int, batch: tuple[np.ndarray, np.ndarray]) -> list[dict]:
-    """Five steps: loss, and the update of each tensor (LARS's momentum holds it, rate inside)."""
-    mesh, record = make_mesh(devices), []
-    with jax.set_mesh(mesh):
-        state = init_state(CONFIG, STEPS, 1.0, mesh)
-        for _ in range(5):
-            state, metrics = step(state, *to_global(batch, mesh))
-            leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state.opt_state))
-            updates = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.ndim}
-            assert len(updates) == PARAMETERS
-            record.append(updates | {"loss": jax.device_get(metrics["loss"])})
-    return record
+def updates(state: TrainState, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The loss, and the update of each tensor (LARS's momentum holds it, rate inside)."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state.opt_state))
+    found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves if leaf.ndim}
+    assert len(found) == PARAMETERS
+    return found | {"loss": jax.device_get(metrics["loss"])}
 
 
-def disagreement(one: Step, four: Step, batch: tuple[np.ndarray, np.ndarray]) -> tuple[float, str]:
-    """The largest difference in loss or an update between 1 and 4 devices, over its norm."""
+def disagreement(one: Step, four: Step) -> tuple[float, str]:
+    """The largest difference in loss or an update between 1 and 4 devices, over its norm.
+
+    Median of three batches: in about one batch of eight the input of some ReLU rounds to the
+    other side of 0, and updates differ by 1e-3; what is wrong with the code shows in all three.
+    """
+    return sorted(largest_difference(one, four, make_batch(seed)) for seed in range(3))[1]
+
+
+def largest_difference(
+    one: Step, four: Step, batch: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, str]:
+    """Of five steps along the path of the one device, each taken by both from the same state."""
+    meshes = [make_mesh(devices) for devices in (1, 4)]
     worst = (0.0, "")
-    for ours, theirs in zip(run(one, 1, batch), run(four, 4, batch), strict=True):
+    with jax.set_mesh(meshes[0]):
+        state = jax.device_get(init_state(CONFIG, STEPS, 1.0, meshes[0]))
+    for _ in range(5):
+        results = []
+        for step, mesh in zip((one, four), meshes, strict=True):
+            with jax.set_mesh(mesh):
+                new, metrics = step(replicate(state, mesh), *to_global(batch, mesh))
+                results.append((jax.device_get(new), updates(new, metrics)))
+        (state, ours), (_, theirs) = results
         for name, value in ours.items():
             error = np.linalg.norm((value - theirs[name]).ravel()) / np.linalg.norm(value.ravel())
             worst = max(worst, (float(error), name))
     return worst
 
 
-def test_devices_do_not_change_the_training(
-    on_one: Step, on_four: Step, batch: tuple[np.ndarray, np.ndarray]
-) -> None:
-    error, where = disagreement(on_one, on_four, batch)
+def test_devices_do_not_change_the_training(on_one: Step, on_four: Step) -> None:
+    error, where = disagreement(on_one, on_four)
     print("devices:", error, where)
     assert error < 1e-4, where
 
@@ -116,7 +132,7 @@ def test_that_comparison_sees_negatives_of_the_own_device_only(
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
     monkeypatch.setattr(step_module, "nt_xent", of_own_device)
-    error, where = disagreement(on_one, compile_step(4, batch), batch)
+    error, where = disagreement(on_one, compile_step(4, batch))
     print("planted:", error, where)
     assert error > 1e-2, where
 
