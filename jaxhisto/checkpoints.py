@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,9 @@ class Checkpoints:
 
     def __init__(self, run: str | Path, keep: int) -> None:
         self.directory = Path(run).resolve() / "checkpoints"
+        # Orbax logs whole tracebacks of what it raises too; the user gets our one sentence.
+        if not logging.getLogger("jaxhisto").isEnabledFor(logging.DEBUG):
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             # Every step handed over is saved; the loop decides which ones are.
@@ -41,13 +44,13 @@ class Checkpoints:
         Raises:
           RunError: an earlier write failed (disk full, folder read-only).
         """
-        with self._refuse_to_lose(step):
+        with self._refuse_to_lose():
             if self.latest_step != step:
                 self._orbax.save_async(step, _as_dict(state), custom_metadata=metadata)
 
     def wait(self) -> None:
         """Returns when all that was handed over is on disk."""
-        with self._refuse_to_lose(self.latest_step or 0):
+        with self._refuse_to_lose():
             self._orbax.wait()
 
     def restore(self, like: State, step: int | None = None) -> State:
@@ -64,16 +67,17 @@ class Checkpoints:
         self._orbax.close()
 
     @contextlib.contextmanager
-    def _refuse_to_lose(self, step: int) -> Iterator[None]:
+    def _refuse_to_lose(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and "space" not in str(error).lower():
+            full = "No space left on device" in str(error)
+            if isinstance(error, ValueError) and not full:
                 raise
+            reason = "the disk is full" if full else str(error).splitlines()[0]
             raise RunError(
-                f"{self.directory}: checkpoint of step {step} could not be written "
-                f"({_first_line(error)}); free space or mend permissions and start the same "
-                "line again, it goes on from the last whole checkpoint."
+                f"{self.directory}: a checkpoint could not be written ({reason}); make room or "
+                "mend permissions and start the same line again, it goes on from the last one."
             ) from error
 
 
@@ -115,7 +119,3 @@ def _name(key: Any) -> str:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _first_line(error: BaseException) -> str:
-    return json.dumps(str(error).splitlines()[0][:200])[1:-1] if str(error) else repr(error)

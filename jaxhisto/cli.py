@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
+    logging.getLogger("jaxhisto").setLevel(logging.DEBUG if debug else logging.INFO)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else 2

@@ -40,7 +40,7 @@ def write_encoder(
       ExportError: no run folder, or no checkpoint in it.
     """
     run = Path(run)
-    config, data, state = _newest(run)
+    config, data, state = newest(run)
     golden = golden_tiles(config.tile_px)
     images = jnp.asarray(golden, jnp.float32) / 255
     with jax.default_matmul_precision("float32"):
@@ -60,7 +60,12 @@ def write_encoder(
     return encoder, goldens
 
 
-def _newest(run: Path) -> tuple[PretrainConfig, dict, TrainState]:
+def newest(run: Path) -> tuple[PretrainConfig, dict, TrainState]:
+    """(config, data.json, state) of the newest checkpoint of a run.
+
+    Raises:
+      ExportError: no run folder, or no checkpoint in it.
+    """
     if not (run / "config.json").is_file() or not (run / "data.json").is_file():
         raise ExportError(
             f"{run}: no run folder (config.json is missing); name one that "

@@ -111,7 +111,7 @@ class Pending:
         """Reads and logs what is held.
 
         Raises:
-          RunError: the loss or the gradient is not finite.
+          RunError: the loss, the gradient or the new weights are not finite.
         """
         if self._held is None:
             return
@@ -120,7 +120,7 @@ class Pending:
         metrics = {name: float(value) for name, value in arrays.items()}
         if self._log is not None:
             self._log.scalars(step, metrics, wait_s)
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "state_norm"):
             if not math.isfinite(metrics[name]):
                 raise RunError(self._sentence(step, name, metrics[name]))
 

@@ -75,7 +75,8 @@ def make_train_step(
     Returns:
       (state, tiles (N, H, W, 3) uint8, sizes (N, 2) int32) -> (state, metrics), tiles and
       sizes sharded over `data`. Metrics are () float32: `loss`, `rate`, `grad_norm` (L2 over
-      all parameters), `pos_sim`, `neg_sim`, `accuracy`.
+      all gradients), `state_norm` (over the new parameters and BatchNorm statistics),
+      `pos_sim`, `neg_sim`, `accuracy`.
     """
     loss_and_grads = make_loss_and_grads(config)
     update = make_update(config, steps, steps_per_epoch)
@@ -135,7 +136,7 @@ def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
 def make_update(
     config: PretrainConfig, steps: int, steps_per_epoch: float
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
-    """The pure function (state, grads) -> (state one step on, {rate, grad_norm})."""
+    """The pure function (state, grads) -> (state one step on, {rate, grad_norm, state_norm})."""
     tx, schedule = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
 
     def update(state: TrainState, grads: Tree) -> tuple[TrainState, Metrics]:
@@ -144,11 +145,20 @@ def make_update(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
-        squares = jnp.stack([jnp.sum(grad * grad) for grad in jax.tree.leaves(grads)])
-        metrics = {"rate": rate, "grad_norm": jnp.sqrt(squares.sum())}
+        metrics = {
+            "rate": rate,
+            "grad_norm": norm(grads),
+            "state_norm": norm((params, state.batch_stats)),
+        }
         return TrainState(state.step + 1, params, state.batch_stats, opt_state), metrics
 
     return update
+
+
+def norm(tree: Any) -> jax.Array:
+    """() float32, the L2 norm over all arrays of a tree; not finite where one of them is not."""
+    squares = jnp.stack([jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(tree)])
+    return jnp.sqrt(squares.sum())
 
 
 def make_embed(model: ModelConfig) -> Callable[[Tree, Tree, jax.Array], jax.Array]:

@@ -17,7 +17,7 @@ from PIL import Image
 from jaxhisto.runlog import read_metrics
 from jaxhisto.weights import read_encoder
 
-STEPS = 12
+STEPS = 40
 FLAGS = [
     *("--steps", str(STEPS), "--batch-size", "8", "--tile-px", "32", "--precision", "f32"),
     *("--model.name", "resnet10", "--checkpoint-every", "4", "--optim.temperature", "0.5"),
@@ -85,6 +85,14 @@ def trained(undisturbed):
     return encoder(undisturbed)
 
 
+def restored(run: Path):
+    """(params, batch_stats) of the newest checkpoint, without writing into the run."""
+    from jaxhisto.pretrain.encoder import newest
+
+    state = newest(run)[2]
+    return state.params, state.batch_stats
+
+
 def encoder(run: Path):
     from jaxhisto.pretrain.encoder import write_encoder
 
@@ -97,9 +105,10 @@ def test_a_run_folder_says_what_happened(undisturbed):
     expected = {"config.json", "data.json", "env.json", "metrics.jsonl", "checkpoints"}
     assert expected | {"views.png", "loss.png"} <= names
     assert len(losses(undisturbed)) == STEPS
-    assert {p.name for p in (undisturbed / "checkpoints").iterdir()} == {"4", "8", "12"}
+    assert {p.name for p in (undisturbed / "checkpoints").iterdir()} == {"32", "36", "40"}
     # 8 tiles, each with two views beside it, cells of 128 px and gaps of 4
-    assert Image.open(undisturbed / "views.png").size == (3 * 132 + 4, 8 * 132 + 4)
+    with Image.open(undisturbed / "views.png") as sheet:
+        assert sheet.size == (3 * 132 + 4, 8 * 132 + 4)
     data = json.loads((undisturbed / "data.json").read_text())
     assert data["tiles"] == 24
 
@@ -116,12 +125,12 @@ def test_killed_and_started_again_it_ends_in_the_same_weights(
 ):
     out = tmp_path / "run"
     process = jaxhisto("pretrain", *FLAGS, "--data.stores", images, "--out", out)
-    wait_for(lambda: len(lines_of(out)) >= 6, process)
+    wait_for(lambda: checkpoints_of(out), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     code, said, err = pretrain(out, images)
     assert code == 0, err
-    assert "resuming at step 4" in said
+    assert "resuming at step" in said
     assert losses(out) == losses(undisturbed)
     params, stats, _ = encoder(out)
     assert_trees_equal((params, stats), trained[:2])
@@ -154,7 +163,7 @@ def test_another_config_is_refused_naming_what_differs(undisturbed, images):
     sentence = refused(pretrain(undisturbed, images, "--seed", 5))
     assert "seed: 0 -> 5" in sentence
     sentence = refused(pretrain(undisturbed, images, "--steps", 20))
-    assert "steps: 12 -> 20" in sentence
+    assert "steps: 40 -> 20" in sentence
     assert "--extend" in sentence
 
 
@@ -162,7 +171,8 @@ def test_other_data_is_refused(undisturbed, images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for i, path in enumerate(sorted(images.iterdir())):
-        Image.open(path).rotate(90 * (i == 3)).save(other / path.name)
+        with Image.open(path) as image:
+            image.rotate(90 * (i == 3)).save(other / path.name)
     assert "other data" in refused(pretrain(undisturbed, other))
 
 
@@ -181,7 +191,8 @@ def test_a_folder_that_is_no_run_is_left_alone(images, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_last_good_checkpoint(images, tmp_path):
     out = tmp_path / "run"
-    flags = ("--optim.name", "adam", "--optim.rate", 1e4, "--optim.warmup-epochs", 0)
+    # LARS multiplies: at this rate each step makes the weights some ten times larger.
+    flags = ("--optim.name", "lars", "--optim.rate", 1e4, "--optim.warmup-epochs", 0)
     sentence = refused(pretrain(out, images, *flags, "--checkpoint-every", 1, "--steps", 60))
     assert "step " in sentence
     assert "nan" in sentence or "inf" in sentence
@@ -204,9 +215,10 @@ def test_a_full_disk_ends_with_the_last_whole_checkpoint_kept(images, tmp_path):
         pytest.skip("cannot mount a small file system here")
     try:
         sentence = refused(pretrain(small / "run", images, "--checkpoint-every", 1, "--keep", 9))
-        assert "could not be written" in sentence or "space" in sentence
-        kept = encoder(small / "run") if (small / "run" / "checkpoints").exists() else None
-        assert kept is None or all(np.isfinite(x).all() for x in leaves(kept[:2]))
+        assert "the disk is full" in sentence
+        assert checkpoints_of(small / "run")
+        for leaf in leaves(restored(small / "run")):
+            assert np.isfinite(leaf).all()
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -214,6 +226,11 @@ def test_a_full_disk_ends_with_the_last_whole_checkpoint_kept(images, tmp_path):
 def lines_of(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    folder = run / "checkpoints"
+    return [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
 
 
 def wait_for(condition, process: subprocess.Popen[str]) -> None:

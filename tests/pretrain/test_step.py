@@ -160,7 +160,8 @@ def test_metrics_are_float32_scalars(on_one: Step, batch: tuple[np.ndarray, np.n
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
         state, metrics = on_one(init_state(CONFIG, STEPS, 1.0, mesh), *to_global(batch, mesh))
-    assert set(metrics) == {"loss", "rate", "grad_norm", "pos_sim", "neg_sim", "accuracy"}
+    of_update = {"rate", "grad_norm", "state_norm"}
+    assert set(metrics) == of_update | {"loss", "pos_sim", "neg_sim", "accuracy"}
     assert {(m.dtype.name, m.shape) for m in metrics.values()} == {("float32", ())}
     assert float(metrics["rate"]) == pytest.approx(0.6)
     assert int(state.step) == 1
