@@ -56,6 +56,7 @@ class Conv(nnx.Conv):
     """Convolution without bias, padded as in PyTorch."""
 
     def __init__(self, width_in: int, width: int, side: int, stride: int, dtype: DTypeLike):
+        self.stride = stride
         super().__init__(
             width_in,
             width,
@@ -71,13 +72,14 @@ class Conv(nnx.Conv):
             rngs=nnx.Rngs(0),
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """(N, H, W, C) to (N, H/stride, W/stride, width)."""
-        stride, padding = self.strides, self.kernel_size[0] // 2
-        if padding and max((s - 1) // stride + 1 for s in x.shape[1:3]) <= SMALL_MAP:
-            kernel = jnp.asarray(self.kernel[...], self.dtype)
-            return _by_patches(x.astype(self.dtype), kernel, stride, padding, self.precision)
-        return super().__call__(x)
+        padding = self.kernel.shape[0] // 2
+        sides = [(size - 1) // self.stride + 1 for size in inputs.shape[1:3]]
+        if padding and max(sides) <= SMALL_MAP:
+            x, kernel = inputs.astype(self.dtype), self.kernel[...].astype(self.dtype)
+            return _by_patches(x, kernel, self.stride, padding, self.precision)
+        return super().__call__(inputs, out_sharding)
 
 
 SMALL_MAP = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from jaxhisto import weights
 from jaxhisto.config import ModelConfig
 from jaxhisto.models import simclr
-from jaxhisto.models.resnet import BatchNorm
+from jaxhisto.models.resnet import BatchNorm, Conv
 from jaxhisto.pretrain.step import make_embed
 
 
@@ -111,3 +112,27 @@ def test_batchnorm_takes_its_statistics_in_float32() -> None:
     y = norm(x, train=True)
     assert y.dtype == jax.numpy.bfloat16
     np.testing.assert_allclose(norm.mean[...], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_small_maps_are_convolved_as_in_pytorch(side: int, stride: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, side, side, 5)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 5, 7)).astype(np.float32)
+    conv = Conv(5, 7, 3, stride, jnp.float32)
+    conv.kernel[...] = jnp.asarray(kernel)
+
+    def loss(x: jax.Array) -> jax.Array:
+        return (conv(x) ** 2).sum()
+
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    weight = torch.from_numpy(kernel).permute(3, 2, 0, 1)
+    theirs = torch.nn.functional.conv2d(images, weight, stride=stride, padding=1)
+    (theirs**2).sum().backward()
+    np.testing.assert_allclose(
+        conv(jnp.asarray(x)), theirs.detach().permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        jax.grad(loss)(jnp.asarray(x)), images.grad.permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4
+    )
