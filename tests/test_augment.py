@@ -15,9 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from jaxhisto import augment, transforms
-from jaxhisto.augment import ViewParams
+from jaxhisto import augment, transforms, view_params
 from jaxhisto.config import AugmentConfig
+from jaxhisto.view_params import ViewParams
 
 torch = pytest.importorskip("torch")
 T = pytest.importorskip("torchvision.transforms.v2")
@@ -37,7 +37,7 @@ def compiled(form, side=SIDE, config=EVERYTHING, dtype=jnp.float32):
 
 @cache
 def drawing(config: AugmentConfig, views: int = 2):
-    return jax.jit(partial(augment.draw_views, config=config, views=views))
+    return jax.jit(partial(view_params.draw_views, config=config, views=views))
 
 
 def tiles(rows: int = ROWS, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
@@ -59,7 +59,7 @@ def params(rows: int = ROWS, **changes) -> ViewParams:
         flip_y=np.zeros(rows, bool),
         flip_x=np.zeros(rows, bool),
         place=np.tile(np.arange(4, dtype=np.int32), (rows, 1)),
-        factors=np.tile(np.float32(augment.NEUTRAL), (rows, 1)),
+        factors=np.tile(np.float32(view_params.NEUTRAL), (rows, 1)),
         grey=np.zeros(rows, bool),
         sigma=np.zeros(rows, np.float32),
     )
@@ -110,7 +110,7 @@ def boxes() -> dict[str, np.ndarray]:
 
 
 def factors(operation: int, low: float, high: float) -> dict[str, np.ndarray]:
-    values = np.tile(np.float32(augment.NEUTRAL), (ROWS, 1))
+    values = np.tile(np.float32(view_params.NEUTRAL), (ROWS, 1))
     values[:, operation] = np.linspace(low, high, ROWS)
     return {"factors": values}
 
@@ -122,10 +122,10 @@ def factors(operation: int, low: float, high: float) -> dict[str, np.ndarray]:
         pytest.param(boxes(), id="crop and resize"),
         pytest.param(turned(), id="turns and flips"),
         pytest.param(turned() | boxes(), id="all geometry"),
-        pytest.param(factors(augment.BRIGHTNESS, 0.0, 1.8), id="brightness"),
-        pytest.param(factors(augment.CONTRAST, 0.0, 1.8), id="contrast"),
-        pytest.param(factors(augment.SATURATION, 0.0, 1.8), id="saturation"),
-        pytest.param(factors(augment.HUE, -0.5, 0.5), id="hue"),
+        pytest.param(factors(view_params.BRIGHTNESS, 0.0, 1.8), id="brightness"),
+        pytest.param(factors(view_params.CONTRAST, 0.0, 1.8), id="contrast"),
+        pytest.param(factors(view_params.SATURATION, 0.0, 1.8), id="saturation"),
+        pytest.param(factors(view_params.HUE, -0.5, 0.5), id="hue"),
         pytest.param({"grey": np.ones(ROWS, bool)}, id="grey"),
         pytest.param({"sigma": np.linspace(0.1, 2.0, ROWS, dtype=np.float32)}, id="blur"),
     ],
@@ -221,7 +221,7 @@ def test_parameters_are_drawn_as_stated():
     drawn = draws(EVERYTHING)
     views = drawn.turns.size
     assert stats.chisquare(np.bincount(drawn.turns.ravel(), minlength=4)).pvalue > 1e-3
-    changed = (drawn.factors != np.float32(augment.NEUTRAL)).any(-1)
+    changed = (drawn.factors != np.float32(view_params.NEUTRAL)).any(-1)
     for happened, probability in [
         (drawn.flip_y, 0.5),
         (drawn.flip_x, 0.5),
