@@ -16,10 +16,19 @@ from jaxhisto.errors import RunError
 State = TypeVar("State")
 
 
+LOST = {
+    "No space left on device": "the disk is full",
+    "Disk quota exceeded": "the quota is used up",
+    "PERMISSION_DENIED": "writing is not permitted",
+    "Read-only file system": "the file system is read-only",
+}
+"""What the storage library says when nothing can be written, in words."""
+
+
 class Checkpoints:
     """The checkpoints under RUN/checkpoints: plain nested dicts, no framework objects."""
 
-    def __init__(self, run: str | Path, keep: int) -> None:
+    def __init__(self, run: str | Path, keep: int, *, write: bool = True) -> None:
         self.directory = Path(run).resolve() / "checkpoints"
         # Orbax logs whole tracebacks of what it raises too; the user gets our one sentence.
         if not logging.getLogger("jaxhisto").isEnabledFor(logging.DEBUG):
@@ -29,7 +38,8 @@ class Checkpoints:
             # Every step handed over is saved; the loop decides which ones are.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            # A reader must not sweep away what a run beside it is writing.
+            cleanup_tmp_directories=write,
         )
 
     @property
@@ -58,23 +68,34 @@ class Checkpoints:
 
         Args:
           like: a state of arrays or of `jax.ShapeDtypeStruct` with sharding.
+
+        Raises:
+          RunError: the checkpoint is damaged.
         """
-        loaded = self._orbax.load(step, jax.tree.map(_abstract, _as_dict(like)))
+        step = self.latest_step if step is None else step
+        try:
+            loaded = self._orbax.load(step, jax.tree.map(_abstract, _as_dict(like)))
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{self.directory}/{step}: cannot be read; delete that folder and start again, "
+                "the checkpoint before it is taken."
+            ) from error
         return jax.tree_util.tree_map_with_path(lambda path, _: _at(loaded, path), like)
 
     def close(self) -> None:
         """Waits for the last write."""
-        self._orbax.close()
+        with self._refuse_to_lose():
+            self._orbax.close()
 
     @contextlib.contextmanager
     def _refuse_to_lose(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
-            full = "No space left on device" in str(error)
-            if isinstance(error, ValueError) and not full:
+            found = [words for words in LOST if words in str(error)]
+            if isinstance(error, ValueError) and not found:
                 raise
-            reason = "the disk is full" if full else str(error).splitlines()[0]
+            reason = LOST[found[0]] if found else str(error).splitlines()[0]
             raise RunError(
                 f"{self.directory}: a checkpoint could not be written ({reason}); make room or "
                 "mend permissions and start the same line again, it goes on from the last one."
@@ -82,9 +103,9 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def open_checkpoints(run: str | Path, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(run: str | Path, keep: int, *, write: bool = True) -> Iterator[Checkpoints]:
     """The run's checkpoints; every write is complete when the block ends."""
-    checkpoints = Checkpoints(run, keep)
+    checkpoints = Checkpoints(run, keep, write=write)
     try:
         yield checkpoints
     finally:

@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from shlex import quote
 
 from jaxhisto import __version__
 from jaxhisto.config import (
@@ -37,7 +38,10 @@ def tile(argv: Sequence[str]) -> int:
     print("\n".join(result.summary()))
     if result.exit_code:
         return result.exit_code
-    say_next(f"jaxhisto pretrain pretrain_resnet18 --data.stores {config.out} --out RUN")
+    tiles = result.manifest["tiles"]
+    recipe = "pretrain_resnet18" if tiles >= 512 else "pretrain_small"
+    batch = f" --batch-size {tiles}" if tiles < 64 else ""
+    say_next(f"jaxhisto pretrain {recipe} --data.stores {quote(config.out)}{batch} --out RUN")
     return 0
 
 
@@ -47,7 +51,7 @@ def pretrain(argv: Sequence[str]) -> int:
     from jaxhisto.pretrain.run import pretrain as train
 
     out = train(config)
-    say_next(f"jaxhisto export {out} --layout published --out encoder.ckpt")
+    say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
 
 
@@ -57,7 +61,7 @@ def export(argv: Sequence[str]) -> int:
     from jaxhisto.torch_files import export_run
 
     export_run(config)
-    say_next(f"jaxhisto verify {config.out}")
+    say_next(f"jaxhisto verify {quote(config.out)}")
     return 0
 
 

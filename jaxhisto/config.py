@@ -45,7 +45,7 @@ class TileConfig:
     """Side of a tile in pixels (paper: 224)."""
     tile_mpp: float | None = within(None, 0.01, 100)
     """Pixel size of the tiles in um/px; none: each slide's own highest resolution (paper)."""
-    mpp: float | None = within(None, 0.01, 100)
+    mpp: float | None = within(None, 0.02, 100)
     """Pixel size at level 0 in um/px for slides that do not state one."""
     mpp_source: Literal["flag", "assumed"] = "flag"
     """What `--mpp` is recorded as: `flag`, a figure you know, or `assumed`, a guess."""
@@ -58,7 +58,7 @@ class TileConfig:
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
     max_tiles: int = within(100, 0, MANY)
     """Most tiles taken of one slide, drawn at random (paper: 100); 0: all."""
-    seed: int = 0
+    seed: int = within(0, 0, MANY)
     """Seed of the draw; a slide's tiles depend on (seed, slide id) alone."""
     jpeg_quality: int = within(95, 1, 100)
     """JPEG quality of the stored tiles, 1..100. Ours."""
@@ -125,7 +125,7 @@ class ModelConfig:
     """Encoder; resnet10 has one block a stage and is for smoke runs."""
     projection: int = within(128, 1, 65536)
     """Width of z (paper: 128)."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] = within((0.5, 0.5, 0.5), -10, 10)
     """Mean that is subtracted from RGB in 0..1 (published weights: 0.5)."""
     std: tuple[float, float, float] = within((0.5, 0.5, 0.5), 1e-3, 10)
     """Standard deviation that RGB in 0..1 is divided by (published weights: 0.5)."""
@@ -168,7 +168,7 @@ class PretrainConfig:
     """Images N in the global batch, over all devices; 2N views (paper: 512)."""
     tile_px: int = within(224, 8, 8192)
     """Side of a view in pixels: the crop comes from the whole tile and is resized once."""
-    seed: int = 0
+    seed: int = within(0, 0, MANY)
     """Order, augmentation and initial weights are functions of (seed, step, row)."""
     precision: Literal["bf16", "f32"] = "bf16"
     """Of the convolutions; parameters, BatchNorm statistics and logits are float32."""
@@ -225,7 +225,7 @@ class DemoConfig:
     """Folder of everything the demo writes; made anew each time."""
     slides: str = ""
     """A folder of your own slides; empty: the micrograph that ships with scikit-image."""
-    mpp: float | None = within(None, 0.01, 100)
+    mpp: float | None = within(None, 0.02, 100)
     """Pixel size in um/px for slides of yours that state none."""
     foreground: Literal["", "ciga2022", "otsu", "od"] = ""
     """Foreground rule; empty: `otsu` for the micrograph, `ciga2022` for slides of yours."""
@@ -278,6 +278,9 @@ def check(config: Config) -> Config:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must lie in {low}..{high}.")
         if meta.get("ordered") and not values[0] <= values[-1]:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: the first must not be larger.")
+    for pair in _EITHER:
+        if all(getattr(config, name, None) is not None for name in pair):
+            raise ConfigError(f"--{' and --'.join(sorted(pair))} are both given; keep one.")
     return config
 
 
@@ -389,6 +392,8 @@ def _flat(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "") -> I
     for key, value in table.items():
         _known(key, list(hints), where, prefix)
         if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {prefix}{key} is a group; write [{prefix}{key}].")
             yield from _flat(hints[key], value, where, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxhisto.errors import JaxhistoError, RunError, SlideError
 from jaxhisto.slides.pyramid import write_pyramid
 
 MARK = ".jaxhisto-demo"
+NEEDED = ("skimage", "torch", "torchvision")
 ASSUMED_MPP = 0.5
 WHY_OTSU = (
     "The micrograph is a DAB stain (brown), which `ciga2022`, the paper's rule, rejects: it keeps\n"
@@ -39,14 +41,29 @@ def run_demo(config: DemoConfig) -> int:
         missing extra.
     """
     began = time.perf_counter()
+    check_request(config)
     out = fresh_folder(Path(config.out))
     slides = Path(config.slides) if config.slides else micrograph_slide(out / "slides")
-    store = cut(config, slides, out / "tiles")
+    store, code = cut(config, slides, out / "tiles")
     run = train(config, store, out / "run")
-    code = to_pytorch(config, run, out)
+    code = max(code, to_pytorch(config, run, out))
     say("5 look", f"{store / 'report.html'}, {run / 'views.png'}, {run / 'loss.png'}")
     print(f"\ndemo done in {time.perf_counter() - began:.0f} s")
     return code
+
+
+def check_request(config: DemoConfig) -> None:
+    """Refuses what would fail after minutes, and slides that the demo would sweep away."""
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise JaxhistoError(f"{name} is not installed; pip install 'jaxhisto[demo]'.")
+    if not config.slides:
+        return
+    given, out = Path(config.slides).resolve(), Path(config.out).resolve()
+    if not given.exists():
+        raise SlideError(f"{config.slides}: is not there; check the path.")
+    if given.is_relative_to(out):
+        raise RunError(f"{given}: lies inside {out}, which the demo replaces; give another --out.")
 
 
 def fresh_folder(out: Path) -> Path:
@@ -61,12 +78,8 @@ def fresh_folder(out: Path) -> Path:
 
 def micrograph_slide(folder: Path) -> Path:
     """Writes scikit-image's immunohistochemistry micrograph as a pyramidal TIFF slide."""
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise JaxhistoError(
-            "scikit-image is not installed; pip install 'jaxhisto[demo]'."
-        ) from error
+    from skimage import data
+
     folder.mkdir(parents=True)
     image = data.immunohistochemistry()
     write_pyramid(folder / "immunohistochemistry.tiff", image)
@@ -76,8 +89,8 @@ def micrograph_slide(folder: Path) -> Path:
     return folder
 
 
-def cut(config: DemoConfig, slides: Path, store: Path) -> Path:
-    """Tiles the slides into a store."""
+def cut(config: DemoConfig, slides: Path, store: Path) -> tuple[Path, int]:
+    """Tiles the slides into a store; the exit code is 1 when some of them failed."""
     from jaxhisto.slides.tiling import tile
 
     own = bool(config.slides)
@@ -94,7 +107,7 @@ def cut(config: DemoConfig, slides: Path, store: Path) -> Path:
         )
     )
     say("2 tile", "\n".join(result.summary()))
-    return store
+    return store, result.exit_code
 
 
 def train(config: DemoConfig, store: Path, run: Path) -> Path:

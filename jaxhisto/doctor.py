@@ -14,6 +14,12 @@ from pathlib import Path
 from jaxhisto.runlog import environment
 
 FREE_GB = 5
+REMEDIES = {
+    "devices": "reinstall jax for this device (pip install 'jaxhisto[cuda]' or 'jaxhisto[tpu]')",
+    "step": "reinstall jax for this device (pip install 'jaxhisto[cuda]' or 'jaxhisto[tpu]')",
+    "openslide": "pip install -U openslide-bin openslide-python",
+    "disk": f"make room for {FREE_GB} GB",
+}
 OPTIONAL = {"torch": "export", "torchvision": "demo", "matplotlib": "plots"}
 
 
@@ -32,7 +38,8 @@ def passed(check: Callable[[], str]) -> bool:
     try:
         print(f"ok    {check.__name__:<10} {check()}")
     except Exception as error:
-        print(f"FAIL  {check.__name__:<10} {' '.join(str(error).split())}")
+        remedy = REMEDIES.get(check.__name__, "pip install --force-reinstall jaxhisto")
+        print(f"FAIL  {check.__name__:<10} {' '.join(str(error).split())}; {remedy}")
         return False
     return True
 
@@ -42,7 +49,7 @@ def versions() -> str:
     found = environment([])
     missing = [name for name, version in found["versions"].items() if version is None]
     if missing:
-        raise RuntimeError(f"not installed: {', '.join(missing)}; pip install jaxhisto")
+        raise RuntimeError(f"not installed: {', '.join(missing)}")
     pairs = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"Python {found['python']}, {pairs}"
 
@@ -53,7 +60,7 @@ def extras() -> str:
     for name, extra in OPTIONAL.items():
         try:
             said.append(f"{name} {importlib.import_module(name).__version__}")
-        except ImportError as error:
+        except (ImportError, RuntimeError, OSError) as error:
             broken = "" if isinstance(error, ModuleNotFoundError) else f" broken ({error})"
             said.append(f"no {name}{broken} (pip install 'jaxhisto[{extra}]')")
     return ", ".join(said)
@@ -93,7 +100,7 @@ def step() -> str:
         _, metrics = train_step(init_state(config, 10, 1, mesh), *rows)
         loss = float(metrics["loss"])
     if not np.isfinite(loss):
-        raise RuntimeError(f"the loss of one step is {loss}; reinstall jax for this device")
+        raise RuntimeError(f"the loss of one step is {loss}")
     seconds = time.perf_counter() - began
     return f"mesh {dict(mesh.shape)}, loss {loss:.3f}, {seconds:.1f} s with compilation"
 
@@ -112,7 +119,7 @@ def openslide() -> str:
             pixel = slide.read_region((100, 100), 0, (1, 1)).convert("RGB").getpixel((0, 0))
             levels = slide.level_count
     if pixel != (200, 30, 120) or levels != 2:
-        raise RuntimeError(f"read {pixel} of {levels} levels; pip install -U openslide-bin")
+        raise RuntimeError(f"read {pixel} of {levels} levels")
     return f"library {library.__library_version__}, Python {library.__version__}"
 
 
@@ -120,7 +127,7 @@ def disk() -> str:
     """Free space where the next run would be written."""
     free = shutil.disk_usage(os.getcwd()).free / 1e9
     if free < FREE_GB:
-        raise RuntimeError(f"{free:.0f} GB free in {os.getcwd()}; make room for {FREE_GB} GB")
+        raise RuntimeError(f"{free:.0f} GB free in {os.getcwd()}")
     return f"{free:.0f} GB free in {os.getcwd()}"
 
 

@@ -44,7 +44,7 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
         self._batch_size, self._every, self._steps = batch_size, every, steps
         self._times: deque[float] = deque([time.perf_counter()], maxlen=21)
-        self._board = _tensorboard(run) if tensorboard else None
+        self._board = _tensorboard(run, start_step + 1) if tensorboard else None
         self._progress = Progress("pretraining", steps, start_step, every)
 
     def scalars(self, step: int, metrics: Mapping[str, float], wait_s: float) -> None:
@@ -53,8 +53,14 @@ class RunLog:
         speed = (len(self._times) - 1) * self._batch_size / (self._times[-1] - self._times[0])
         line = {"step": step, **metrics, "images_per_s": speed, "wait_s": wait_s}
         rounded = {k: _finite(v) for k, v in line.items()} | {"time": round(time.time(), 3)}
-        self._file.write(json.dumps(rounded) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(rounded) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror}); make room and start the same "
+                "line again."
+            ) from error
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, step)
@@ -129,8 +135,11 @@ def write_atomically(path: str | Path, text: str) -> None:
     """Writes a text file so that a reader sees the old one or the new one, never half."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _keep_steps(path: Path, last: int) -> None:
@@ -175,11 +184,11 @@ def _bar(what: str, total: int, done: int) -> Any:
     return bar
 
 
-def _tensorboard(run: str | Path) -> Any:
+def _tensorboard(run: str | Path, first: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise RunError(
             "--tensorboard: tensorboardX is not installed; pip install 'jaxhisto[tensorboard]'."
         ) from error
-    return SummaryWriter(str(Path(run) / "tensorboard"))
+    return SummaryWriter(str(Path(run) / "tensorboard"), purge_step=first)

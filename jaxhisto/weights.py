@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +158,16 @@ def describe(
         "stains": json.dumps(stains and list(stains)),
         "data_hash": data_hash,
         "step": str(step),
-        "config": to_json(config),
+        "config": to_json(_without_places(config)),
         "code_version": __version__,
         "licence": licence,
     }
+
+
+def _without_places(config: PretrainConfig) -> PretrainConfig:
+    """The config without the user's folders: they are nobody's business, and no part of it."""
+    names = tuple(Path(store).name for store in config.data.stores)
+    return replace(config, out="", data=replace(config.data, stores=names))
 
 
 def write_encoder(

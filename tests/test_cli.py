@@ -204,7 +204,7 @@ def test_export_refuses_what_is_no_run_and_a_run_without_checkpoint(jaxhisto, tm
         data=DataConfig(stores=(str(folder),)),
         model=ModelConfig(name="resnet10"),
     )
-    open_run(config, open_tiles(config.data), 1)
+    open_run(config, open_tiles(config.data))
     said = sentence(jaxhisto("export", tmp_path / "run", "--out", out), "export")
     assert "no checkpoint" in said
     assert not out.exists()

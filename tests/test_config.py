@@ -110,8 +110,9 @@ def test_every_shipped_recipe_parses_by_its_bare_name(name):
         return
     config = parse(PretrainConfig, [name, "--out", "run"], "pretrain")
     for key, value in tomllib.loads(settings.shipped_configs()[name].read_text()).items():
-        if not isinstance(value, dict):
-            assert getattr(config, key) == value
+        for inner, set_to in value.items() if isinstance(value, dict) else [(None, value)]:
+            found = getattr(getattr(config, key), inner) if inner else getattr(config, key)
+            assert found == (tuple(set_to) if isinstance(set_to, list) else set_to)
 
 
 def test_a_shipped_name_that_exists_as_a_folder_is_the_folder(tmp_path, monkeypatch):
@@ -132,7 +133,18 @@ def test_operational_fields_are_not_identity():
     assert settings.differences(stored, settings.identity(b)) == ["seed: 0 -> 3"]
 
 
-def test_config_imports_no_jax_and_help_is_quick():
+def test_a_group_given_as_a_value_is_refused(tmp_path):
+    (tmp_path / "flat.toml").write_text("data = 3\n")
+    with pytest.raises(ConfigError, match=r"flat\.toml: data is a group; write \[data\]"):
+        parse(PretrainConfig, [str(tmp_path / "flat.toml"), "--out", "run"], "pretrain")
+
+
+def test_steps_and_epochs_together_are_refused():
+    with pytest.raises(ConfigError, match="keep one"):
+        parse(PretrainConfig, ["--out", "run", "--steps", "3", "--epochs", "2"], "pretrain")
+
+
+def test_the_command_line_imports_no_jax():
     code = "import sys, jaxhisto.config, jaxhisto.cli; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

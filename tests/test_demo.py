@@ -50,6 +50,16 @@ def test_the_demo_replaces_nothing_that_it_did_not_make(tmp_path):
     assert (tmp_path / "demo" / "mine.txt").read_text() == "mine"
 
 
+def test_the_demo_does_not_sweep_away_the_slides_it_is_given(tmp_path):
+    (tmp_path / "demo" / "slides").mkdir(parents=True)
+    (tmp_path / "demo" / ".jaxhisto-demo").write_text("")
+    (tmp_path / "demo" / "slides" / "mine.svs").write_text("mine")
+    done = run_demo(tmp_path, "--slides", "demo/slides")
+    assert done.returncode == 1
+    assert "lies inside" in done.stderr
+    assert (tmp_path / "demo" / "slides" / "mine.svs").read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_the_demo_takes_slides_of_the_users_own(shared_data, tmp_path):
     slides = tmp_path / "slides"

@@ -195,7 +195,10 @@ class StoreSource:
         return f"{self.path}: tile {self._kept[i]} (slide {self._slides[self._kept[i]]})"
 
     def mpp_range(self) -> tuple[float, float] | None:
-        return self._store.mpp_range()
+        kept = {self._slides[i] for i in self._kept}
+        cut = self._store.manifest["slides"]
+        sizes = [slide["tile_mpp"] for slide in cut if slide["id"] in kept]
+        return min(sizes), max(sizes)
 
     def line(self) -> str:
         slides = len({self._slides[i] for i in self._kept})

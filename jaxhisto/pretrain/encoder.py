@@ -73,13 +73,16 @@ def newest(run: Path) -> tuple[PretrainConfig, dict, TrainState]:
         )
     config = from_json(PretrainConfig, (run / "config.json").read_text())
     data = json.loads((run / "data.json").read_text())
+    none_yet = ExportError(
+        f"{run}: has no checkpoint yet; let `jaxhisto pretrain` reach its first one "
+        f"(--checkpoint-every {config.checkpoint_every})."
+    )
+    if not (run / "checkpoints").is_dir():
+        raise none_yet
     mesh = make_mesh(1)
-    with jax.set_mesh(mesh), open_checkpoints(run, config.keep) as checkpoints:
+    with jax.set_mesh(mesh), open_checkpoints(run, config.keep, write=False) as checkpoints:
         if checkpoints.latest_step is None:
-            raise ExportError(
-                f"{run}: has no checkpoint yet; let `jaxhisto pretrain` reach its first one "
-                f"(--checkpoint-every {config.checkpoint_every})."
-            )
+            raise none_yet
         steps, steps_per_epoch = schedule_length(config, data["tiles"])
         state = checkpoints.restore(init_state(config, steps, steps_per_epoch, mesh))
     return config, data, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -28,6 +29,8 @@ from jaxhisto.pretrain.step import augmented, init_state, make_train_step
 from jaxhisto.runlog import RunLog, environment, read_metrics, write_atomically
 
 SHEET_TILES = 8
+BEGUN = {"env.json", "data.json", ".lock"}
+"""What a start that was killed before its config.json may leave; it counts as nothing."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -47,11 +50,12 @@ def pretrain(config: PretrainConfig) -> Path:
     tiles = open_tiles(config.data)
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
-    out = open_run(config, tiles, steps)
+    out = open_run(config, tiles)
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
     with (
         jax.set_mesh(mesh),
+        locked(out),
         open_checkpoints(out, config.keep) as checkpoints,
         stop_requests() as stop,
     ):
@@ -73,13 +77,16 @@ def pretrain(config: PretrainConfig) -> Path:
                     draw_views(config, out, batch, rows)
                 state, metrics = train_step(state, *rows)
                 pending.record(step + 1, metrics, wait_s)
-                last = step + 1 == steps
-                if last or stop.is_set() or (step + 1) % config.checkpoint_every == 0:
+                last, stopping = step + 1 == steps, stop.is_set()
+                if last or stopping or (step + 1) % config.checkpoint_every == 0:
                     pending.flush()
                     checkpoints.save_async(step + 1, state, {"data_hash": tiles.hash})
-                if stop.is_set() and not last:
+                if stopping and not last:
                     checkpoints.wait()
-                    raise Stopped(f"stopped at step {step + 1} of {steps}, checkpoint written")
+                    raise Stopped(
+                        f"{out}: stopped at step {step + 1} of {steps}, checkpoint written; start "
+                        "the same line again."
+                    )
             checkpoints.wait()
     draw_loss(config, out)
     return out
@@ -150,25 +157,27 @@ def check_batch(config: PretrainConfig, n_tiles: int, devices: int) -> None:
 def schedule_length(config: PretrainConfig, n_tiles: int) -> tuple[int, int]:
     """(steps of the whole run, steps of one pass over the data)."""
     steps_per_epoch = n_tiles // config.batch_size
-    if config.steps is not None and config.epochs is not None:
-        raise RunError("--steps and --epochs are both given; keep one.")
     if config.steps is not None:
         return config.steps, steps_per_epoch
     epochs = 1000.0 if config.epochs is None else config.epochs
     return max(1, round(epochs * steps_per_epoch)), steps_per_epoch
 
 
-def open_run(config: PretrainConfig, tiles: Tiles, steps: int) -> Path:
+def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
     """Makes the run folder, or checks that it is this same run.
 
     Raises:
-      RunError: the folder holds something else, or a run with another identity or other data.
+      RunError: the folder holds something else, lies inside the data, or holds a run with
+        another identity or other data.
     """
     out = Path(config.out)
     found = out / "config.json"
+    for store in config.data.stores:
+        if out.resolve().is_relative_to(Path(store).resolve()):
+            raise RunError(f"{out}: lies inside the data, {store}; give --out another folder.")
     if found.exists():
         check_same_run(config, tiles, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - BEGUN):
         raise RunError(f"{out}: exists and is no run folder; give --out an empty or new folder.")
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +197,12 @@ def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:
         theirs.pop(name)
     # Where the data lies may change between two starts; what it is may not (data_hash).
     ours.pop("data.stores"), theirs.pop("data.stores")
+    lengths = [schedule_length(c, len(tiles))[0] for c in (before, config)]
+    if config.extend and lengths[1] < lengths[0]:
+        raise RunError(
+            f"{out}: --extend to {lengths[1]} steps is shorter than the run's {lengths[0]}; give "
+            "more steps, or another --out."
+        )
     differing = settings.differences(theirs, ours)
     if differing:
         raise RunError(
@@ -255,6 +270,26 @@ def draw_loss(config: PretrainConfig, out: Path) -> None:
         tell(f"{plots.loss_curve(read_metrics(out), chance, out / 'loss.png')}: the loss curve")
     except ImportError:
         tell("no loss.png: matplotlib is not installed; pip install 'jaxhisto[plots]'")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the run folder for this process (on each host, for its own file system's view).
+
+    Raises:
+      RunError: another process trains in it.
+    """
+    if not is_main():
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{out}: another process is training in it; wait for it, or give another --out."
+            ) from error
+        yield
 
 
 @contextmanager

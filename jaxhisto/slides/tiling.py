@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxhisto import __version__
-from jaxhisto.config import TileConfig, identity
+from jaxhisto.config import TileConfig, check, identity
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
 from jaxhisto.slides import pool
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
-from jaxhisto.slides.pixel_size import PLAUSIBLE, GivenPixelSize
+from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.progress import Progress
 from jaxhisto.slides.reader import SUFFIXES, dicom_series
 from jaxhisto.slides.report import page
@@ -117,22 +116,7 @@ def rejections(rejected: dict[str, int]) -> str:
 
 def checked(config: TileConfig) -> TileConfig:
     """The config with its ranges checked and the dataset's name filled in."""
-    wrong = {
-        "--tile-px": config.tile_px < 1,
-        "--tile-mpp": config.tile_mpp is not None and not 0 < config.tile_mpp < math.inf,
-        "--mpp": config.mpp is not None and not PLAUSIBLE[0] <= config.mpp <= PLAUSIBLE[1],
-        "--close-um": not 0 <= config.close_um < math.inf,
-        "--min-foreground": not 0 <= config.min_foreground <= 1,
-        "--max-tiles": config.max_tiles < 0,
-        "--jpeg-quality": not 1 <= config.jpeg_quality <= 100,
-        "--failures-allowed": config.failures_allowed < 0,
-        "--processes": config.processes < 0,
-        "--slide-timeout": not config.slide_timeout > 0,
-    }
-    for flag, is_wrong in wrong.items():
-        if is_wrong:
-            value = getattr(config, flag[2:].replace("-", "_"))
-            raise ConfigError(f"{flag} {value}: is out of range; `jaxhisto tile --help` states it")
+    check(config)
     if not config.slides:
         raise ConfigError("no slides given: name slides, or folders that hold them")
     return dataclasses.replace(config, dataset=config.dataset or Path(config.out).resolve().name)
