@@ -10,15 +10,9 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto import __version__
-from jaxhisto.config import (
-    DemoConfig,
-    ExportConfig,
-    PretrainConfig,
-    TileConfig,
-    VerifyConfig,
-    parse,
-)
+from jaxhisto.config import DemoConfig, ExportConfig, PretrainConfig, TileConfig, VerifyConfig
 from jaxhisto.errors import JaxhistoError
+from jaxhisto.flags import parse
 
 
 def demo(argv: Sequence[str]) -> int:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from jaxhisto.errors import ConfigError
@@ -239,32 +237,6 @@ class DemoConfig:
     """Encoder."""
 
 
-def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
-    """Builds a config from `[CONFIG.toml] --flags`; the flags win over the file.
-
-    The file is read as the flags it stands for, so that one parser checks both.
-
-    Raises:
-      ConfigError: a file that is absent or no TOML, or an unknown key (with a suggestion).
-      SystemExit: `--help` (0), or a flag that the parser refuses (2).
-    """
-    import tyro
-
-    args = list(argv)
-    # A folder of slides may bear a recipe's name: what exists wins.
-    named = args and args[0] in shipped_configs() and not Path(args[0]).exists()
-    if named or (args and args[0].endswith(".toml")):
-        path = _config_file(args.pop(0))
-        args = _file_flags(cls, path, args) + args
-    parsed = tyro.cli(
-        _with_positionals(cls),
-        args=args,
-        prog=f"jaxhisto {verb}",
-        description=cls.__doc__,
-    )
-    return check(_plain(cls, parsed))
-
-
 def check(config: Config) -> Config:
     """The same config, once every number is inside its range.
 
@@ -278,16 +250,10 @@ def check(config: Config) -> Config:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must lie in {low}..{high}.")
         if meta.get("ordered") and not values[0] <= values[-1]:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: the first must not be larger.")
-    for pair in _EITHER:
+    for pair in EITHER:
         if all(getattr(config, name, None) is not None for name in pair):
             raise ConfigError(f"--{' and --'.join(sorted(pair))} are both given; keep one.")
     return config
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The recipes that come with the package, by bare name."""
-    folder = Path(__file__).parent / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def to_json(config: Any) -> str:
@@ -328,78 +294,12 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[s
             yield prefix + f.name, value, f.metadata
 
 
-def _positional(hint: Any) -> Any:
-    import tyro
-
-    positional: Any = tyro.conf.Positional
-    return positional[hint]
-
-
-def _with_positionals(cls: type[Config]) -> type[Config]:
-    """The same dataclass with its positional fields marked for the parser."""
-    hints = get_type_hints(cls)
-    marked = {
-        f.name: _positional(hints[f.name]) for f in _fields(cls) if f.metadata.get("positional")
-    }
-    if not marked:
-        return cls
-    namespace = {"__annotations__": marked, "__doc__": cls.__doc__, "__module__": cls.__module__}
-    return dataclass(frozen=True)(type(cls.__name__, (cls,), namespace))
-
-
-def _plain(cls: type[Config], parsed: Any) -> Config:
-    return cls(**{f.name: getattr(parsed, f.name) for f in _fields(cls)})
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(cls)
-
-
-def _config_file(name: str) -> Path:
-    path = Path(name)
-    if not path.exists():
-        path = shipped_configs().get(path.stem if path.parent == Path() else name, path)
-    if not path.is_file():
-        raise ConfigError(
-            f"{name}: no such file; give a TOML file or one of {', '.join(shipped_configs())}."
-        )
-    return path
-
-
 # On the command line one of these replaces the other in the file.
-_EITHER = ({"steps", "epochs"},)
+EITHER = ({"steps", "epochs"},)
 
 
-def _file_flags(cls: type[Any], path: Path, args: Sequence[str]) -> list[str]:
-    """The file as flags, without those that the command line replaces."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML ({error}); mend that line.") from error
-    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in args if a.startswith("--")}
-    for pair in _EITHER:
-        if pair & given:
-            given |= pair
-    flags: list[str] = []
-    for name, value in _flat(cls, table, str(path)):
-        if name not in given:
-            flags += _words(name.replace("_", "-"), value)
-    return flags
-
-
-def _flat(cls: Any, table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[Any]:
-    hints = get_type_hints(cls)
-    for key, value in table.items():
-        _known(key, list(hints), where, prefix)
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {prefix}{key} is a group; write [{prefix}{key}].")
-            yield from _flat(hints[key], value, where, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _known(key: str, names: list[str], where: str, prefix: str) -> None:
+def known(key: str, names: list[str], where: str, prefix: str) -> None:
+    """Raises ConfigError for a key that is none of `names`, with a suggestion."""
     if key in names:
         return
     near = difflib.get_close_matches(key, names, 1)
@@ -407,17 +307,10 @@ def _known(key: str, names: list[str], where: str, prefix: str) -> None:
     raise ConfigError(f"{where}: unknown key {prefix}{key}; {remedy}")
 
 
-def _words(flag: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        group, _, name = flag.rpartition(".")
-        return [f"--{group}.{'' if value else 'no-'}{name}".replace("--.", "--")]
-    return [f"--{flag}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-
-
 def _build(cls: type[Config], table: Mapping[str, Any], where: str, prefix: str = "") -> Config:
     hints, values = get_type_hints(cls), {}
     for key, value in table.items():
-        _known(key, list(hints), where, prefix)
+        known(key, list(hints), where, prefix)
         if dataclasses.is_dataclass(hints[key]):
             value = _build(hints[key], value, where, f"{prefix}{key}.")
         values[key] = tuple(value) if isinstance(value, list) else value

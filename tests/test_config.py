@@ -11,8 +11,9 @@ import tomllib
 import pytest
 
 from jaxhisto import config as settings
-from jaxhisto.config import ModelConfig, PretrainConfig, TileConfig, parse
+from jaxhisto.config import ModelConfig, PretrainConfig, TileConfig
 from jaxhisto.errors import ConfigError
+from jaxhisto.flags import parse, shipped_configs
 
 FILE = """
 epochs = 5
@@ -101,7 +102,7 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path):
         parse(PretrainConfig, [str(tmp_path / "broken.toml"), "--out", "run"], "pretrain")
 
 
-@pytest.mark.parametrize("name", sorted(settings.shipped_configs()))
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_every_shipped_recipe_parses_by_its_bare_name(name):
     if name == "tile":
         assert parse(TileConfig, [name, "a.svs", "--out", "x"], "tile") == TileConfig(
@@ -109,7 +110,7 @@ def test_every_shipped_recipe_parses_by_its_bare_name(name):
         )
         return
     config = parse(PretrainConfig, [name, "--out", "run"], "pretrain")
-    for key, value in tomllib.loads(settings.shipped_configs()[name].read_text()).items():
+    for key, value in tomllib.loads(shipped_configs()[name].read_text()).items():
         for inner, set_to in value.items() if isinstance(value, dict) else [(None, value)]:
             found = getattr(getattr(config, key), inner) if inner else getattr(config, key)
             assert found == (tuple(set_to) if isinstance(set_to, list) else set_to)

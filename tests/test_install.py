@@ -46,7 +46,7 @@ def test_both_packages_come_from_the_wheel(installed):
 
 @pytest.mark.slow
 def test_the_recipes_are_inside(installed):
-    code = "from jaxhisto.config import shipped_configs; print(*shipped_configs())"
+    code = "from jaxhisto.flags import shipped_configs; print(*shipped_configs())"
     expected = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
     assert python(installed, code).split() == expected
 
