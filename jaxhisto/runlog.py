@@ -43,14 +43,19 @@ class RunLog:
         _keep_steps(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._batch_size, self._every, self._steps = batch_size, every, steps
+        self._timing = False
         self._times: deque[float] = deque([time.perf_counter()], maxlen=21)
         self._board = _tensorboard(run, start_step + 1) if tensorboard else None
         self._progress = Progress("pretraining", steps, start_step, every)
 
     def scalars(self, step: int, metrics: Mapping[str, float], wait_s: float) -> None:
         """Records the metrics of `step`, the number of steps done with it."""
-        self._times.append(time.perf_counter())
-        speed = (len(self._times) - 1) * self._batch_size / (self._times[-1] - self._times[0])
+        now = time.perf_counter()
+        self._times.append(now)
+        speed = (len(self._times) - 1) * self._batch_size / (now - self._times[0])
+        if not self._timing:  # the first step compiles; it says nothing of the others
+            self._timing = True
+            self._times = deque([now], maxlen=21)
         line = {"step": step, **metrics, "images_per_s": speed, "wait_s": wait_s}
         rounded = {k: _finite(v) for k, v in line.items()} | {"time": round(time.time(), 3)}
         try:
@@ -106,7 +111,10 @@ class Progress:
             self._bar.stop()
 
     def _eta(self, done: int) -> str:
-        each = (time.perf_counter() - self._start) / max(done - self._first, 1)
+        if done <= self._first + 1:  # the first one compiles, so the clock starts after it
+            self._start = time.perf_counter()
+            return "?"
+        each = (time.perf_counter() - self._start) / (done - self._first - 1)
         seconds = round(each * (self._total - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 

@@ -105,7 +105,7 @@ class Pending:
     step to work on meanwhile.
     """
 
-    def __init__(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
+    def __init__(self, log: RunLog, checkpoints: Checkpoints) -> None:
         self._log, self._checkpoints = log, checkpoints
         self._held: tuple[int, dict[str, Any], float] | None = None
 
@@ -125,8 +125,7 @@ class Pending:
         step, arrays, wait_s = self._held
         self._held = None
         metrics = {name: float(value) for name, value in arrays.items()}
-        if self._log is not None:
-            self._log.scalars(step, metrics, wait_s)
+        self._log.scalars(step, metrics, wait_s)
         for name in ("loss", "grad_norm", "state_norm"):
             if not math.isfinite(metrics[name]):
                 raise RunError(self._sentence(step, name, metrics[name]))
