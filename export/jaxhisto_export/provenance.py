@@ -41,7 +41,7 @@ ENCODER_FIELDS: dict[str, Rule] = {
         "one of " + ", ".join(ARCHITECTURES),
     ),
     "feature_width": (_is_size, "channels of the features"),
-    "projection_width": (_is_size, "channels of the projection"),
+    "projection_width": (_is_count, "channels of the projection, 0 without one"),
     "mean": (lambda v: _is_numbers(v, 3, float("-inf")), "three numbers"),
     "std": (lambda v: _is_numbers(v, 3, 0.0), "three numbers above 0"),
     "value_range": (lambda v: _is_numbers(v, 2, float("-inf")) and v[0] < v[1], "[low, high]"),
