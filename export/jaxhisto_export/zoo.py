@@ -10,33 +10,21 @@ import contextlib
 import difflib
 import errno
 import hashlib
-import http.client
 import importlib
 import json
 import logging
 import os
 import shutil
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from jaxhisto_export.download import Download, reason, say
 from jaxhisto_export.errors import ExportFileError
 
 CACHE_VARIABLE = "JAXHISTO_CACHE"
-TIMEOUT_S = 30.0  # without a byte from the server
-TRIES = 3  # in a row without a new byte; a connection that breaks off but advances goes on
-PAUSE_S = 0.5  # before the second try, doubled for each further one
-CHUNK = 1 << 18
-ANSWERED_NO = range(400, 500)  # the server's last word; 5xx may pass
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # ours, not the network's fault
-
-Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -54,9 +42,9 @@ class Entry:
     """Of the file, lower case; None where nobody wrote it down."""
     layout: str
     """`published`, or `Lightning`: the same state dict among pickled classes."""
-    mean: Channels
+    mean: tuple[float, float, float]
     """Subtracted from RGB in 0..1."""
-    std: Channels
+    std: tuple[float, float, float]
     """Then divided by."""
     licence: str
     citation: str
@@ -167,7 +155,7 @@ def get(name: str, source: str = "", folder: Path | None = None, unchecked: bool
                 _fetch(entry, source, target)
     except OSError as error:
         raise ExportFileError(
-            f"{target}: cannot be written ({_reason(error)}), make room or set "
+            f"{target}: cannot be written ({reason(error)}), make room or set "
             f"{CACHE_VARIABLE} to a folder of your own."
         ) from error
     return target
@@ -177,16 +165,6 @@ def _advice(name: str) -> str:
     names = [entry.name for entry in entries()]
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}" if close else f"the encoders are {', '.join(names)}"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _reason(error: BaseException) -> str:
-    """What a library says, as a clause on one line."""
-    inner = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-    return " ".join(str(inner).split()).rstrip(".") or type(error).__name__
 
 
 def _pooch() -> Any:
@@ -217,7 +195,7 @@ def _is_whole(path: Path, entry: Entry) -> bool:
         return False
     if wrong:
         path.unlink(missing_ok=True)
-        _say(f"{path}: not the bytes that were published, deleted")
+        say(f"{path}: not the bytes that were published, deleted")
     return not wrong
 
 
@@ -242,7 +220,7 @@ def _locked(path: Path, entry: Entry) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say(f"{entry.name}: another process is downloading it, waiting")
+            say(f"{entry.name}: another process is downloading it, waiting")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
@@ -258,14 +236,13 @@ def _fetch(entry: Entry, source: str, target: Path) -> None:
     if source and path is None:
         base = source.rstrip("/")
         url = base if base.endswith("/" + entry.asset) else f"{base}/{entry.asset}"
-    part = target.with_name(target.name + ".part")
-    downloader = _Copy(path) if path else _Download(entry, part)
+    part = target.with_name(f"{target.name}.part")
+    downloader = _Copy(path) if path else Download(entry.name, entry.asset, entry.bytes, part)
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel(logging.WARNING)  # it would say in two lines what is said here in one
     try:
-        known_hash = entry.sha256 and f"sha256:{entry.sha256}"
-        pooch.retrieve(url, known_hash, target.name, target.parent, downloader=downloader)
+        pooch.retrieve(url, entry.sha256, target.name, target.parent, downloader=downloader)
     except ValueError as error:  # pooch's word for another hash; it has deleted the file
         raise ExportFileError(
             f"{entry.name}: what came from {path or url} has not the published SHA-256 and was "
@@ -273,8 +250,8 @@ def _fetch(entry: Entry, source: str, target: Path) -> None:
         ) from error
     finally:
         logger.setLevel(level)
-    checked = "as published" if entry.sha256 else f"{_sha256(target)}, compared with nothing"
-    _say(f"{entry.name}: {target}, {target.stat().st_size / 1e6:.1f} MB, SHA-256 {checked}")
+    checked = "as published" if entry.sha256 else f"{_sha256(target)}, checked against nothing"
+    say(f"{entry.name}: {target}, {target.stat().st_size / 1e6:.1f} MB, SHA-256 {checked}")
 
 
 def _mirrored(entry: Entry, source: str) -> Path | None:
@@ -302,108 +279,5 @@ class _Copy:
             shutil.copyfile(self.path, output_file)
         except PermissionError as error:
             raise ExportFileError(
-                f"{self.path}: cannot be read ({_reason(error)}), change its permissions."
+                f"{self.path}: cannot be read ({reason(error)}), change its permissions."
             ) from error
-
-
-@dataclass
-class _Download:
-    """A downloader for pooch that goes on where an earlier one broke off; pooch's do not."""
-
-    entry: Entry
-    part: Path  # what has come so far; outlives a failure
-    shown: float = field(default=0.0, init=False)
-
-    def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        """Downloads `url` into the part file, then renames that to `output_file`."""
-        size = self.entry.bytes
-        if not sys.stderr.isatty():
-            _say(f"{self.entry.name}: downloading {url}")
-        if self.entry.sha256 is None or self._have() > (size or 0):
-            self.part.unlink(missing_ok=True)  # nothing would tell a wrong beginning
-        failures, most = 0, self._have()
-        whole = most == size
-        while not whole:
-            try:
-                whole = self._request(url)
-                reason = "the connection broke off"
-            except (http.client.HTTPException, OSError, ValueError) as error:
-                reason = self._judge(url, error)
-            # Against the most there ever was: a server without Range begins anew each time.
-            failures = 0 if self._have() > most else failures + 1
-            most = max(most, self._have())
-            if not whole and failures >= TRIES:
-                raise self._failure(url, reason)
-            if not whole and failures:
-                time.sleep(PAUSE_S * 2 ** (failures - 1))
-        os.replace(self.part, output_file)
-
-    def _have(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def _judge(self, url: str, error: Exception) -> str:
-        """The reason, if another try may help."""
-        if isinstance(error, urllib.error.HTTPError):
-            with error:  # closes the connection
-                reason = f"the server answers {error.code} {_reason(error)}"
-            if error.code == 416:  # our part is no part of theirs
-                self.part.unlink(missing_ok=True)
-            elif error.code in ANSWERED_NO:
-                raise self._failure(url, reason) from error
-            return reason
-        if isinstance(error, ValueError):  # no address at all
-            raise self._failure(url, _reason(error)) from error
-        if isinstance(error, OSError) and error.errno in DISK:
-            raise error
-        return _reason(error)
-
-    def _failure(self, url: str, reason: str) -> ExportFileError:
-        have = self._have()
-        kept = f" after {have / 1e6:.1f} MB, which are kept for the next time" if have else ""
-        return ExportFileError(
-            f"{self.entry.name}: cannot be downloaded from {url} ({reason}){kept}, try again "
-            f"with a network or give a copy of {self.entry.asset} with --from."
-        )
-
-    def _request(self, url: str) -> bool:
-        """Appends what one request brings; True once the file is whole as far as size tells."""
-        have = self._have()
-        headers = {"User-Agent": "jaxhisto", "Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            range_given = answer.headers.get("Content-Range", "")
-            goes_on = answer.status == 206 and range_given.startswith(f"bytes {have}-")
-            if answer.status == 206 and not goes_on:
-                self.part.unlink(missing_ok=True)  # the next request asks for all of it
-                return False
-            length = answer.headers.get("Content-Length", "")
-            start = have if goes_on else 0
-            promised = start + int(length) if length.isdecimal() else None
-            with self.part.open("ab" if goes_on else "wb") as file:
-                self._copy(answer, file, start)
-        # A published size outranks what the server says of it.
-        wanted = promised if self.entry.bytes is None else self.entry.bytes
-        return wanted is None or self._have() == wanted
-
-    def _copy(self, answer: http.client.HTTPResponse, file: BinaryIO, done: int) -> None:
-        """Appends to the part file, no further than the published size."""
-        total = self.entry.bytes
-        while total is None or done < total:
-            chunk = answer.read1(CHUNK if total is None else min(CHUNK, total - done))
-            if not chunk:
-                break
-            file.write(chunk)
-            done += len(chunk)
-            self._show(done)
-
-    def _show(self, done: int) -> None:
-        """A progress line on a terminal, ten times a second."""
-        total, now = self.entry.bytes, time.monotonic()
-        if not sys.stderr.isatty() or (now - self.shown < 0.1 and done != total):
-            return
-        self.shown = now
-        of = f" of {total / 1e6:.1f} MB, {done / total:4.0%}" if total else " MB"
-        end = "\n" if done == total else ""
-        print(f"\r{self.entry.name}: {done / 1e6:.1f}{of}", end=end, file=sys.stderr, flush=True)
