@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
+import pytest
+
+from jaxhisto_export import ExportFileError, zoo
 
 BODY = np.random.default_rng(0).bytes(300_000)
 HALF = len(BODY) // 2
@@ -102,3 +107,49 @@ def hanging(upto: int, length: int = len(BODY)) -> Act:
         handler.server.release.wait(10)
 
     return act
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[Server]:
+    """A server in a thread, until the block is left."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def entry(url: str, checked: bool = True) -> zoo.Entry:
+    """The server's file, as the registry would name it."""
+    return zoo.Entry(
+        name="tiny" if checked else "tiny-unchecked",
+        architecture="resnet18",
+        title="A test's bytes",
+        url=f"{url}/{ASSET}",
+        bytes=len(BODY) if checked else None,
+        sha256=hashlib.sha256(BODY).hexdigest() if checked else None,
+        layout="published",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        licence="MIT",
+        citation="",
+        note="",
+    )
+
+
+def left(folder: Path) -> set[str]:
+    """What is in the cache, without the lock."""
+    return {p.name for p in folder.iterdir() if p.suffix != ".lock"}
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The one sentence of an error."""
+    with pytest.raises(ExportFileError) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    return text
