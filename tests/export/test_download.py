@@ -169,11 +169,12 @@ def test_a_length_too_small_in_the_rest_is_refused(server: Server, tmp_path: Pat
     assert left(tmp_path) == {"tiny.ckpt.part"}
 
 
-def test_no_length_stated(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [0, 7])
+def test_no_length_stated(server: Server, tmp_path: Path, more: int) -> None:
     def plain(handler: Handler) -> None:
         handler.send_response(200)
         handler.end_headers()
-        handler.wfile.write(BODY)
+        handler.wfile.write(BODY + bytes(more))  # beyond the published size nothing is read
 
     server.plan = [plain]
     assert zoo.get("tiny", folder=tmp_path).read_bytes() == BODY
@@ -233,7 +234,9 @@ def test_a_silent_server_is_left_and_gone_on_with(
 ) -> None:
     monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
     server.plan = [hanging(HALF), ranged()]
+    began = time.monotonic()
     assert zoo.get("tiny", folder=tmp_path).read_bytes() == BODY
+    assert time.monotonic() - began < 5  # the server would wait for 10 s
     assert server.ranges() == [None, f"bytes={HALF}-"]
 
 
