@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxhisto_export.errors import ExportFileError
 
+LAYOUTS = ("published", "torchvision", "dsmil", "timm", "smp", "onnx")
 NEEDED = ("torch", "numpy", "safetensors")
 
 
@@ -32,14 +33,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jaxhisto_export", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verify = verbs.add_parser("verify", help="check an exported file")
-    verify.add_argument("file", type=Path, metavar="FILE")
+    verify.add_argument("file", type=Path, metavar="FILE", help="or the folder of layout timm")
+    verify.add_argument("--against", type=Path, metavar="FILE", help="holds the same weights?")
     verify.set_defaults(run=_verify)
     convert = verbs.add_parser("convert", help="encoder.safetensors -> a PyTorch file")
     convert.add_argument("encoder", type=Path, metavar="ENCODER.safetensors")
-    convert.add_argument("--layout", choices=("published", "torchvision"), default="published")
-    convert.add_argument("--out", type=Path, required=True, metavar="FILE")
+    convert.add_argument("--layout", choices=LAYOUTS, default="published")
+    convert.add_argument("--out", type=Path, required=True, help="file, or folder of layout timm")
     convert.add_argument("--golden", type=Path, help="default: golden.safetensors beside ENCODER")
-    convert.add_argument("--fc", choices=("none", "zero"), default="none")
+    convert.add_argument("--fc", choices=("none", "zero"), default="none", help="torchvision")
+    convert.add_argument("--normalise", action="store_true", help="onnx: take uint8 RGB tiles")
+    convert.add_argument("--force", action="store_true", help="replace OUT")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(arguments: argparse.Namespace) -> int:
     from jaxhisto_export.verify import verify
 
-    result = verify(arguments.file)
+    result = verify(arguments.file, arguments.against)
     print(*result.lines, sep="\n")
     for problem in result.problems:
         print(f"problem: {problem}", file=sys.stderr)
@@ -62,8 +66,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     beside = arguments.encoder.with_name("golden.safetensors")
     if golden is None and beside.is_file():
         golden = beside
-    layout, out, fc = arguments.layout, arguments.out, arguments.fc
-    for path in convert(arguments.encoder, layout, out, golden, fc):
+    out, options = arguments.out, {"force": arguments.force, "normalise": arguments.normalise}
+    for path in convert(arguments.encoder, arguments.layout, out, golden, arguments.fc, **options):
         print(f"wrote {path}")
     print(f"next: python -m jaxhisto_export verify {out}")
     return 0

@@ -1,30 +1,43 @@
-"""encoder.safetensors -> a PyTorch file in a layout that public code loads.
+"""encoder.safetensors -> a file or folder in a layout that public code loads.
 
 published     {"state_dict": ..., provenance}: keys under `model.resnet.`, head last; the
               layout of ozanciga/self-supervised-histopathology's native file.
-torchvision   flat, without a head or with a zero 1000-way `fc`; provenance in the
-              OrderedDict's `_metadata["jaxhisto"]` and in FILE.json.
+torchvision   flat, without a head or with a zero 1000-way `fc`.
+dsmil         flat, in torchvision's order, head last: for loaders that go by position.
+smp           flat, without a head, for the encoders of segmentation_models_pytorch.
+timm          a folder: model.safetensors and config.json.
+onnx          a graph with the weights in it.
+
+Flat files have their provenance in the OrderedDict's `_metadata["jaxhisto"]` and in FILE.json:
+a further key in the state dict would break strict and positional loaders.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from jaxhisto_export.architecture import ARCHITECTURES, Architecture
+from jaxhisto_export import onnx_graph, timm_folder
 from jaxhisto_export.errors import ExportFileError
+from jaxhisto_export.files import (
+    Writer,
+    new_folder,
+    refuse_existing,
+    replace_files,
+    write_file,
+)
 from jaxhisto_export.provenance import ENCODER_FIELDS, Provenance, problems
 from jaxhisto_export.weights_file import (
     CLASSES,
+    FLAT,
     PREFIX,
+    WITH_HEAD,
     WeightsFile,
     file_sha256,
     golden_beside,
@@ -36,9 +49,10 @@ from jaxhisto_export.weights_file import (
     tensors_sha256,
 )
 
-Layout = Literal["published", "torchvision"]
+Layout = Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"]
 Fc = Literal["none", "zero"]
-Writer = Callable[[IO[bytes]], Any]
+OTHER_SUFFIXES = {".safetensors", ".onnx"}
+"""Of a PyTorch file: they name another format."""
 
 
 def convert(
@@ -47,36 +61,51 @@ def convert(
     out: str | Path,
     golden: str | Path | None = None,
     fc: Fc = "none",
+    *,
+    force: bool = False,
+    normalise: bool = False,
 ) -> list[Path]:
-    """Writes one layout, whole or not at all; an earlier file of that name is replaced.
+    """Writes one layout, whole or not at all.
 
     Args:
-      encoder_path: encoder.safetensors of a run.
-      layout: `published` or `torchvision`.
-      out: the PyTorch file to write.
-      golden: golden.safetensors of the same run, copied to OUT.golden.safetensors; without
-        it an OUT.golden.safetensors of earlier weights is removed, and `verify` will miss it.
-      fc: of layout `torchvision`: `none`, or `zero` for loaders that insist on a 1000-way fc.
+      encoder_path: encoder.safetensors of a run or an import.
+      layout: see the module; `published` and `dsmil` need a projection in the encoder.
+      out: the file to write, or the folder of layout timm.
+      golden: golden.safetensors of the same encoder, copied to OUT.golden.safetensors, or into
+        the folder; `verify` misses it where it is not given.
+      fc: of layout torchvision: `none`, or `zero` for loaders that insist on a 1000-way fc.
+      force: replace OUT and what lies beside it under its name. A folder is replaced as a whole,
+        and only if it holds nothing but what this package writes into one.
+      normalise: of layout onnx: take uint8 RGB tiles and normalise inside the graph.
 
     Returns:
-      The files written, OUT first.
+      The files written, the one with the weights first.
 
     Raises:
       ExportFileError: an encoder that is damaged or incomplete, golden features of other
-        weights, an unknown layout, or an OUT that cannot be written.
+        weights, an unknown layout, an OUT that exists or cannot be written.
     """
     encoder, target = Path(encoder_path), Path(out)
-    _check_request(encoder, layout, target, fc)
+    _check_request(layout, target, fc, normalise)
+    beside = [] if layout == "timm" else [sidecar_beside(target), golden_beside(target)]
+    refuse_existing([target, *beside], force)
     file = read_encoder(encoder)
     provenance = {**file.provenance, "encoder_sha256": file_sha256(encoder)}
+    if layout in WITH_HEAD and not provenance["projection_width"]:
+        raise ExportFileError(
+            f"{encoder}: has no projection, which layout {layout} needs; take layout torchvision."
+        )
     if golden is not None:
         _check_golden(Path(golden), provenance["encoder_sha256"])
-    content, provenance = _arrange(file, provenance, layout, fc)
-    writers = _companions(target, layout, provenance, golden)
+    tiles = None if golden is None else Path(golden).read_bytes()
+    tensors = _tensors(file, layout, fc)
+    provenance = _of_this_file(provenance, layout, tensors)
+    if layout == "timm":
+        return _write_folder(target, tensors, provenance, tiles)
+    writers = _companions(target, layout, provenance, tiles)
     # The file itself comes last: whoever sees it sees its companions too.
-    writers[target] = lambda stream: torch.save(content, stream)
-    stale = {sidecar_beside(target), golden_beside(target)} - writers.keys()
-    _replace_all(writers, stale)
+    writers[target] = _writer(layout, file, tensors, provenance, normalise)
+    replace_files(writers, stale=set(beside) - writers.keys())
     return [*writers][::-1]
 
 
@@ -93,18 +122,33 @@ def read_encoder(path: Path) -> WeightsFile:
     return file
 
 
-def _check_request(encoder: Path, layout: str, target: Path, fc: str) -> None:
+def _check_request(layout: str, target: Path, fc: str, normalise: bool) -> None:
     if layout not in get_args(Layout):
         raise ExportFileError(f"{layout}: no such layout, take one of {get_args(Layout)}.")
     if fc not in get_args(Fc):
         raise ExportFileError(f"fc {fc}: no such choice, take one of {get_args(Fc)}.")
     if fc == "zero" and layout != "torchvision":
         raise ExportFileError(
-            f"{target}: layout {layout} has its own head, take fc zero with layout torchvision."
+            f"{target}: layout {layout} has no 1000-way fc, take fc zero with layout torchvision."
         )
+    if normalise and layout != "onnx":
+        raise ExportFileError(
+            f"{target}: layout {layout} cannot normalise, take normalise with layout onnx."
+        )
+    _check_name(layout, target)
+
+
+def _check_name(layout: str, target: Path) -> None:
+    if layout == "timm":
+        if target.is_file():
+            raise ExportFileError(f"{target}: is a file, give the name of a folder.")
+        return
     if target.is_dir():
         raise ExportFileError(f"{target}: is a folder, give the name of a file.")
-    if target.suffix == ".safetensors":
+    if layout == "onnx":
+        if target.suffix != ".onnx":
+            raise ExportFileError(f"{target}: holds an ONNX graph, call it .onnx.")
+    elif target.suffix in OTHER_SUFFIXES:
         raise ExportFileError(f"{target}: holds a PyTorch file, call it .pth or .pt.")
 
 
@@ -117,75 +161,88 @@ def _check_golden(path: Path, encoder_sha256: str) -> None:
         )
 
 
-def _arrange(
-    file: WeightsFile, provenance: Provenance, layout: Layout, fc: Fc
-) -> tuple[Any, Provenance]:
-    """What torch.save gets, and the provenance of this file."""
-    architecture = ARCHITECTURES[file.provenance["arch"]]
-    tensors = _ordered(file.tensors, architecture, int(provenance["projection_width"]))
-    if layout == "published":
-        state = OrderedDict((PREFIX + name, tensor) for name, tensor in tensors.items())
-    else:
-        state = OrderedDict((k, v) for k, v in tensors.items() if not k.startswith("fc."))
-        if fc == "zero":
-            state["fc.weight"] = torch.zeros(CLASSES, architecture.feature_width)
-            state["fc.bias"] = torch.zeros(CLASSES)
-    # In the fields' order: safetensors keeps none, and equal encoders make equal files.
+def _tensors(file: WeightsFile, layout: Layout, fc: Fc) -> OrderedDict[str, Tensor]:
+    """The layout's tensors under its names, in torchvision's order: safetensors keeps none."""
+    architecture = file.architecture
+    names = list(architecture.backbone())
+    if layout in WITH_HEAD:
+        names += architecture.head(file.provenance["projection_width"])
+    prefix = PREFIX if layout == "published" else ""
+    tensors = OrderedDict((prefix + name, file.tensors[name]) for name in names)
+    if fc == "zero":
+        tensors["fc.weight"] = torch.zeros(CLASSES, architecture.feature_width)
+        tensors["fc.bias"] = torch.zeros(CLASSES)
+    return tensors
+
+
+def _of_this_file(
+    provenance: Provenance, layout: Layout, tensors: OrderedDict[str, Tensor]
+) -> Provenance:
+    """The encoder's provenance, and what the new file says of itself.
+
+    In the fields' order: safetensors keeps none, and equal encoders make equal files.
+    """
     names = sorted(provenance, key=[*ENCODER_FIELDS, *sorted(provenance)].index)
-    provenance = {name: provenance[name] for name in names} | {
+    return {name: provenance[name] for name in names} | {
         "format": f"jaxhisto-{layout}-1",
-        "tensors_sha256": tensors_sha256(state),
+        "tensors_sha256": tensors_sha256(tensors),
     }
+
+
+def _writer(
+    layout: Layout,
+    file: WeightsFile,
+    tensors: OrderedDict[str, Tensor],
+    provenance: Provenance,
+    normalise: bool,
+) -> Writer:
+    """What writes the file with the weights."""
+    if layout == "onnx":
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        pieces = onnx_graph.onnx_pieces(arrays, file.architecture, provenance, normalise)
+        return _all(pieces)
     if layout == "published":
-        return {"state_dict": state, **provenance}, provenance
+        content = {"state_dict": tensors, **provenance}
+        return lambda stream: torch.save(content, stream)
     # Survives torch.save and a strict load; a further key would break strict loaders.
-    state._metadata = OrderedDict(jaxhisto=provenance)  # type: ignore[attr-defined]  # as torch does
-    return state, provenance
-
-
-def _ordered(
-    tensors: dict[str, Tensor], architecture: Architecture, projection: int
-) -> dict[str, Tensor]:
-    """The tensors in torchvision's order, head last: safetensors keeps none."""
-    names = architecture.backbone() | architecture.head(projection)
-    return {name: tensors[name] for name in names}
+    tensors._metadata = OrderedDict(jaxhisto=provenance)  # type: ignore[attr-defined]  # as torch does
+    return lambda stream: torch.save(tensors, stream)
 
 
 def _companions(
-    target: Path, layout: Layout, provenance: Provenance, golden: str | Path | None
+    target: Path, layout: Layout, provenance: Provenance, tiles: bytes | None
 ) -> dict[Path, Writer]:
     """What goes beside the file: FILE.json of a flat layout, FILE.golden.safetensors."""
     writers: dict[Path, Writer] = {}
-    if layout == "torchvision":
-        text = (json.dumps(provenance, indent=1) + "\n").encode()
-        writers[sidecar_beside(target)] = lambda stream: stream.write(text)
-    if golden is not None:
-        tiles = Path(golden).read_bytes()
-        writers[golden_beside(target)] = lambda stream: stream.write(tiles)
+    if layout in FLAT:
+        writers[sidecar_beside(target)] = _all([_json(provenance)])
+    if tiles is not None:
+        writers[golden_beside(target)] = _all([tiles])
     return writers
 
 
-def _replace_all(writers: dict[Path, Writer], stale: set[Path]) -> None:
-    """Writes all under temporary names, then renames: each is old or new, never half."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
-    path = next(iter(writers))
-    try:
-        for path, write in writers.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary[path].open("wb") as stream:
-                write(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-        for path in stale:
-            path.unlink(missing_ok=True)
-        for path in writers:
-            os.replace(temporary[path], path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
-        reason = str(error).strip().splitlines()[0]
-        raise ExportFileError(
-            f"{path}: cannot be written ({reason}), make room or name another place."
-        ) from error
-    finally:
-        for leftover in temporary.values():
-            with contextlib.suppress(OSError):  # the folder itself may be unreachable
-                leftover.unlink(missing_ok=True)
+def _write_folder(
+    target: Path, tensors: OrderedDict[str, Tensor], provenance: Provenance, tiles: bytes | None
+) -> list[Path]:
+    writers = {
+        timm_folder.WEIGHTS: _all(timm_folder.safetensors_pieces(tensors, provenance)),
+        timm_folder.CONFIG: _all([_json(timm_folder.config(provenance))]),
+    }
+    if tiles is not None:
+        writers[timm_folder.GOLDEN] = _all([tiles])
+    with new_folder(target, timm_folder.COMPANIONS) as folder:
+        for name, write in writers.items():
+            write_file(folder / name, write)
+    return [target / name for name in writers]
+
+
+def _all(pieces: Iterable[bytes | memoryview]) -> Writer:
+    def write(stream: IO[bytes]) -> None:
+        for piece in pieces:
+            stream.write(piece)
+
+    return write
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -155,7 +155,7 @@ def load_encoder(path: str | Path) -> Encoder:
     """Loads an exported file or an encoder.safetensors, strictly, in eval mode on the CPU.
 
     Args:
-      path: a file in layout published or torchvision, or RUN/encoder.safetensors.
+      path: a file or folder in any layout, or an encoder.safetensors.
 
     Raises:
       ExportFileError: not such a file, tensors missing, extra or of another shape, or no

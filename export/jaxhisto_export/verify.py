@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from jaxhisto_export.errors import ExportFileError
+from jaxhisto_export.onnx_graph import graph_problems, run_graph
 from jaxhisto_export.provenance import ENCODER_FIELDS, EXPORT_FIELDS, problems
+from jaxhisto_export.timm_folder import config_problems
 from jaxhisto_export.torch_resnet import Encoder, empty_resnet
 from jaxhisto_export.weights_file import (
+    FLAT,
     WeightsFile,
     expected_shapes,
     file_sha256,
@@ -57,11 +60,15 @@ class VerifyResult:
         return not self.problems
 
 
-def verify(path: str | Path) -> VerifyResult:
-    """Checks a file in layout published or torchvision, or an encoder.safetensors.
+def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
+    """Checks a file or folder in any layout, or an encoder.safetensors.
 
-    Golden tiles are looked for beside it: FILE.golden.safetensors, or golden.safetensors for
-    an encoder.safetensors. Never raises for what is in the file: see `problems`.
+    Golden tiles are looked for as FILE.golden.safetensors, then as golden.safetensors in the
+    same folder. Never raises for what is in the file: see `problems`.
+
+    Args:
+      path: what to check.
+      against: another file, of any layout, that should hold the same weights bit for bit.
     """
     result = VerifyResult(Path(path))
     try:
@@ -78,6 +85,10 @@ def verify(path: str | Path) -> VerifyResult:
     encoder = _check_load(file, result)
     _check_golden(file, encoder, result)
     _check_conv1(file, result)
+    if against is not None:
+        from jaxhisto_export.against import compare  # which imports this module
+
+        compare(file.path, Path(against), result)
     return result
 
 
@@ -88,7 +99,7 @@ def _check_tensors(file: WeightsFile, result: VerifyResult) -> None:
         f"keys: {matched} of {len(expected)} expected, {len(file.tensors) - matched} others"
     )
     result.problems += tensor_problems(file)
-    if file.layout == "encoder":  # safetensors keeps no order, and nobody recorded a hash
+    if file.layout == "encoder":  # nobody recorded a hash
         return
     recorded = file.provenance.get("tensors_sha256")
     same = recorded == tensors_sha256(file.tensors)
@@ -106,8 +117,14 @@ def _check_metadata(file: WeightsFile, result: VerifyResult) -> None:
     if not file.provenance:
         wrong = ["no metadata: how to feed this file is not stated"]
     result.problems += wrong
-    if file.layout == "torchvision":
+    if file.layout in FLAT:
         _check_sidecar(file, result)
+    if wrong or file.layout not in ("timm", "onnx"):
+        return
+    if file.layout == "timm":
+        result.problems += config_problems(file.path.parent, file.provenance)
+    else:
+        result.problems += graph_problems(file.path, file.architecture, file.provenance)
 
 
 def _check_sidecar(file: WeightsFile, result: VerifyResult) -> None:
@@ -163,8 +180,33 @@ def _check_golden(file: WeightsFile, encoder: Encoder | None, result: VerifyResu
         result.lines.append("golden features: not compared, the weights do not load")
         return
     with torch.inference_mode():
-        ours = encoder.features(tiles)
-    _compare(ours, features, f"{len(tiles)} tiles of {tiles.shape[1]} px", result)
+        image = encoder.preprocess(tiles)
+        ours = encoder(image)
+    which = f"{len(tiles)} tiles of {tiles.shape[1]} px"
+    _compare(ours, features, which, result)
+    if file.layout == "onnx":
+        _compare_graph(file, image, tiles, features, which, result)
+
+
+def _compare_graph(
+    file: WeightsFile,
+    image: Tensor,
+    tiles: Tensor,
+    features: Tensor,
+    which: str,
+    result: VerifyResult,
+) -> None:
+    """The same comparison with the graph itself, where onnxruntime is installed."""
+    try:
+        ours = run_graph(file.path, image.numpy(), tiles.numpy())
+    except ModuleNotFoundError:
+        result.lines.append(
+            "note: the graph was not run, onnxruntime is not installed (pip install onnxruntime)"
+        )
+    except ExportFileError as error:
+        result.problems.append(str(error))
+    else:
+        _compare(torch.from_numpy(ours), features, f"{which} by onnxruntime", result)
 
 
 def _read_golden(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:

@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jaxhisto_export import onnx_graph, timm_folder
 from jaxhisto_export.architecture import COUNT_SUFFIX, Architecture, Shapes, closest
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.provenance import Provenance, parse
+
+WITH_HEAD = ("published", "dsmil")
+FLAT = ("torchvision", "dsmil", "smp")  # PyTorch files that are the state dict itself
+UNORDERED = ("encoder", "timm", "onnx")  # formats that keep no order of the tensors
 
 PREFIX = "model.resnet."  # of every key in the published layout
 CLASSES = 1000  # of the zero `fc` that some loaders insist on
@@ -30,9 +36,10 @@ SHOWN = 4  # names listed before "and n more"
 class WeightsFile:
     """What was in a file, before anything about it is believed."""
 
-    path: Path
-    layout: str  # encoder (safetensors) | published | torchvision
-    tensors: dict[str, Tensor]  # under the file's own keys, in the file's order, on the CPU
+    path: Path  # the file with the weights, also where a folder was asked for
+    layout: str  # encoder (of a run or an import), or one of `layouts.Layout`
+    tensors: dict[str, Tensor]  # on the CPU, under the file's own keys, in the file's order
+    # or, where its format keeps none, in torchvision's
     provenance: Provenance  # empty where the file has none
 
     @property
@@ -42,10 +49,10 @@ class WeightsFile:
 
     @property
     def golden_path(self) -> Path:
-        """Where the golden tiles of this file lie."""
-        if self.layout == "encoder":
-            return self.path.with_name("golden.safetensors")
-        return golden_beside(self.path)
+        """Where the golden tiles of this file lie: under its own name, or for a whole folder."""
+        own, shared = golden_beside(self.path), self.path.with_name("golden.safetensors")
+        by_default = shared if self.layout in ("encoder", "timm") else own
+        return next((path for path in (own, shared) if path.is_file()), by_default)
 
     def plain(self) -> dict[str, Tensor]:
         """The tensors under torchvision's names."""
@@ -67,29 +74,59 @@ def sidecar_beside(path: Path) -> Path:
 
 
 def read_weights(path: Path) -> WeightsFile:
-    """Reads an encoder.safetensors, or a PyTorch file in layout published or torchvision.
+    """Reads an encoder.safetensors, or a file or folder in any layout.
 
     Raises:
       ExportFileError: no such file, not a checkpoint, truncated, or not only tensors.
     """
+    if path.is_dir() and (path / timm_folder.WEIGHTS).is_file():
+        path = path / timm_folder.WEIGHTS
     if not path.is_file():
         raise ExportFileError(f"{path}: there is no such file, give a file that was exported.")
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
-        return WeightsFile(path, "encoder", tensors, parse(metadata))
-    return _from_checkpoint(path, _load_checkpoint(path))
+        provenance = parse(metadata)
+        layout = "timm" if _said_layout(provenance) == "timm" else "encoder"
+    elif path.suffix == ".onnx":
+        arrays, metadata = onnx_graph.read_onnx(path)
+        tensors = {name: _tensor(path, name, array) for name, array in arrays.items()}
+        provenance, layout = parse(metadata), "onnx"
+    else:
+        return _from_checkpoint(path, _load_checkpoint(path))
+    return WeightsFile(path, layout, _in_order(tensors), provenance)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (copied out of the file) and string metadata of a safetensors file."""
+    """Tensors (mapped, not copied: read while the file is) and string metadata of the file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ExportFileError(
             f"{path}: not a whole safetensors file ({_first_line(error)}), write it again."
         ) from error
+
+
+def _tensor(path: Path, name: str, array: NDArray[Any]) -> Tensor:
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError as error:
+        raise ExportFileError(
+            f"{path}: `{name}` is of type {array.dtype}, export it again."
+        ) from error
+
+
+def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's order, then the others by name: the format keeps none."""
+    backbone = [name for name in closest(tensors).backbone() if name in tensors]
+    return {name: tensors[name] for name in [*backbone, *sorted(tensors.keys() - set(backbone))]}
+
+
+def _said_layout(provenance: Provenance) -> str:
+    """The layout in the format `jaxhisto-LAYOUT-1`; empty where there is none."""
+    parts = str(provenance.get("format", "")).split("-")
+    return parts[1] if len(parts) == 3 and parts[0] == "jaxhisto" else ""
 
 
 def _load_checkpoint(path: Path) -> Any:
@@ -112,9 +149,17 @@ def _from_checkpoint(path: Path, content: Any) -> WeightsFile:
         )
     if state is content:
         own = getattr(state, "_metadata", None)
-        provenance = own.get("jaxhisto") if isinstance(own, dict) else None
-        return WeightsFile(path, "torchvision", dict(state), _primitives(provenance))
+        provenance = _primitives(own.get("jaxhisto") if isinstance(own, dict) else None)
+        return WeightsFile(path, _flat_layout(state, provenance), dict(state), provenance)
     return WeightsFile(path, "published", dict(state), _primitives(content))
+
+
+def _flat_layout(state: dict[str, Tensor], provenance: Provenance) -> str:
+    """As the file says; by its head where it says nothing."""
+    said = _said_layout(provenance)
+    if said in FLAT:
+        return said
+    return "dsmil" if "fc.1.weight" in state else "torchvision"
 
 
 def _primitives(provenance: Any) -> Provenance:
@@ -128,14 +173,17 @@ def expected_shapes(file: WeightsFile) -> Shapes:
     """Keys and shapes that this layout has for this architecture, in the layout's order."""
     architecture = file.architecture
     shapes = architecture.backbone()
-    if file.layout == "torchvision":
-        if "fc.weight" in file.tensors:
-            width = architecture.feature_width
-            shapes |= {"fc.weight": (CLASSES, width), "fc.bias": (CLASSES,)}
+    if file.layout == "torchvision" and "fc.weight" in file.tensors:
+        width = architecture.feature_width
+        return shapes | {"fc.weight": (CLASSES, width), "fc.bias": (CLASSES,)}
+    if file.layout not in ("encoder", *WITH_HEAD):
         return shapes
     projection = file.provenance.get("projection_width")
-    shapes |= architecture.head(projection if isinstance(projection, int) else PROJECTION)
-    if file.layout == "encoder":
+    if projection == 0 and file.layout == "encoder":
+        return shapes
+    wide = projection if isinstance(projection, int) and projection > 0 else PROJECTION
+    shapes |= architecture.head(wide)
+    if file.layout != "published":
         return shapes
     return {PREFIX + name: shape for name, shape in shapes.items()}
 
@@ -166,7 +214,7 @@ def _key_problems(names: list[str], expected: list[str], layout: str) -> list[st
         found.append(f"{len(missing)} of {len(expected)} keys missing: {_listed(missing)}")
     if extra:
         found.append(f"{len(extra)} keys that do not belong there: {_listed(extra)}")
-    if not found and layout != "encoder" and names != expected:
+    if not found and layout not in UNORDERED and names != expected:
         first = next(a for a, b in zip(names, expected, strict=True) if a != b)
         found.append(f"the keys are not in torchvision's order, from `{first}` on")
     return found

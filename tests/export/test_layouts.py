@@ -108,7 +108,7 @@ def test_golden_tiles_lie_beside_the_file(published: Path, run18: Run) -> None:
 def test_companions_of_an_earlier_file_go(run18: Run, tmp_path: Path) -> None:
     out = tmp_path / "encoder.pth"
     run18.export("torchvision", out)
-    written = convert(run18.encoder, "published", out)
+    written = convert(run18.encoder, "published", out, force=True)
     assert written == [out]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.pth"]
 
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_earlier_file_whole(run18: Run, tmp_path: Path) -
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
         with pytest.raises(ExportFileError, match="cannot be written"):
-            convert(run18.encoder, "published", out, golden=run18.golden)
+            convert(run18.encoder, "published", out, golden=run18.golden, force=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -219,8 +219,10 @@ def test_a_full_disk_leaves_the_earlier_file_whole(run18: Run, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("layout", "out", "fc", "message"),
     [
-        ("onnx", "out.pth", "none", "no such layout"),
-        ("published", "out.pth", "zero", "has its own head"),
+        ("jit", "out.pth", "none", "no such layout"),
+        ("published", "out.pth", "zero", "has no 1000-way fc"),
+        ("onnx", "out.pth", "none", "call it .onnx"),
+        ("smp", "out.onnx", "none", "call it .pth"),
         ("torchvision", "out.pth", "half", "no such choice"),
         ("published", "out.safetensors", "none", "call it .pth"),
         ("published", ".", "none", "is a folder"),
