@@ -7,9 +7,7 @@ the projection head as `fc.1` and `fc.3`. Needs no torch.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from jaxhisto import __version__
+from jaxhisto import __version__, tensor_file
 from jaxhisto.config import PretrainConfig, to_json
 from jaxhisto.errors import ExportError
 from jaxhisto.models import resnet, simclr
@@ -62,12 +58,16 @@ class Entry:
 
 
 def table(arch: str, projection: int = 128) -> dict[str, Entry]:
-    """PyTorch name -> our tensor, for all of an architecture but `num_batches_tracked`."""
-    _, params, stats = simclr.structure(arch, projection)
+    """PyTorch name -> our tensor, for all of an architecture but `num_batches_tracked`.
+
+    A `projection` of 0 stands for an encoder without a head.
+    """
+    _, params, stats = simclr.structure(arch, projection or 1)
     return {
         torch_name(path): Entry(collection, path, tuple(leaf.shape))
         for collection, tree in (("params", params), ("batch_stats", stats))
         for path, leaf in _leaves(tree)
+        if projection or path[0] != "projection"
     }
 
 
@@ -79,6 +79,8 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 def to_torch(params: Tree, batch_stats: Tree, arch: str, steps: int) -> dict[str, Array]:
     """Our trees as PyTorch's state dict: float32, and int64 `num_batches_tracked`.
+
+    The arrays are transposed views where they can be: a second copy of the weights is never made.
 
     Args:
       params: nested dict of arrays, encoder and projection.
@@ -98,22 +100,34 @@ def to_torch(params: Tree, batch_stats: Tree, arch: str, steps: int) -> dict[str
     expected = {(e.collection, e.path): e.shape for e in entries.values()}
     _check("the run's weights", arch, {k: v.shape for k, v in ours.items()}, expected)
     tensors = {
-        name: np.ascontiguousarray(ours[entry.collection, entry.path].transpose(entry.axes))
+        name: ours[entry.collection, entry.path].transpose(entry.axes)
         for name, entry in entries.items()
     }
     return tensors | {name: np.asarray(steps, np.int64) for name in _counters(entries)}
 
 
 def from_torch(
-    tensors: Mapping[str, Array], arch: str, source: str = "state dict"
+    tensors: Mapping[str, Array],
+    arch: str,
+    source: str = "state dict",
+    projection: int | None = None,
 ) -> tuple[Tree, Tree]:
     """PyTorch's state dict as our (params, batch_stats), float32; `source` names it in errors.
+
+    Args:
+      tensors: under torchvision's names, the head as `fc.1`, `fc.3`.
+      arch: a key of `models.resnet.BLOCKS`.
+      source: what errors call it.
+      projection: width of the head, 0 for an encoder without one; none: as found.
 
     Raises:
       ExportError: every tensor that is missing, left over or of another shape.
     """
-    head = tensors.get("fc.3.weight")
-    entries = table(arch, 128 if head is None else head.shape[0])
+    if projection is None:
+        head = tensors.get("fc.3.weight")
+        has_head = any(name.startswith("fc.") for name in tensors)
+        projection = head.shape[0] if head is not None else 128 * has_head
+    entries = table(arch, projection)
     expected: dict[str, tuple[int, ...]] = {n: e.torch_shape for n, e in entries.items()}
     expected |= dict.fromkeys(_counters(entries), ())
     _check(source, arch, {n: t.shape for n, t in tensors.items()}, expected)
@@ -164,10 +178,54 @@ def describe(
     }
 
 
+def describe_imported(
+    arch: str,
+    projection: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    tile_px: int,
+    mpp_range: tuple[float, float] | None,
+    licence: str,
+    source: Mapping[str, Any],
+) -> dict[str, str]:
+    """The metadata of an encoder that another project trained; what it hides stays open.
+
+    Args:
+      arch: a key of `models.resnet.BLOCKS`.
+      projection: width of the head in the file, 0 without one.
+      mean, std: (3,) each, as the encoder wants RGB in 0..1.
+      tile_px: side of the tiles it was trained on.
+      mpp_range: their um/px, where known.
+      licence: of the weights, empty where unknown.
+      source: what the file was: its name, SHA-256 and what it was recognised as.
+    """
+    return {
+        "format": FORMAT,
+        "arch": arch,
+        "feature_width": str(resnet.feature_width(arch)),
+        "projection_width": str(projection),
+        "mean": json.dumps(list(mean)),
+        "std": json.dumps(list(std)),
+        "value_range": "[0.0, 1.0]",
+        "channel_order": "RGB",
+        "tile_px": str(tile_px),
+        "mpp_range": json.dumps(mpp_range and list(mpp_range)),
+        "stains": "null",
+        "data_hash": "unknown",
+        "step": "0",
+        "config": "{}",
+        "code_version": __version__,
+        "licence": licence,
+        "source": json.dumps(source),
+    }
+
+
 def _without_places(config: PretrainConfig) -> PretrainConfig:
     """The config without the user's folders: they are nobody's business, and no part of it."""
     names = tuple(Path(store).name for store in config.data.stores)
-    return replace(config, out="", data=replace(config.data, stores=names))
+    init = Path(config.init).name
+    return replace(config, out="", init=init, data=replace(config.data, stores=names))
 
 
 def write_encoder(
@@ -187,9 +245,18 @@ def write_encoder(
       ExportError: tensors that do not fit `arch`, or a file that cannot be written.
     """
     tensors = to_torch(params, batch_stats, metadata["arch"], int(metadata["step"]))
-    data = save(tensors, dict(metadata))
-    _write(Path(path), data)
-    return hashlib.sha256(data).hexdigest()
+    return write_tensors(path, tensors, metadata)
+
+
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]
+) -> str:
+    """Writes tensors that bear PyTorch's names already; returns the SHA-256 of the file.
+
+    Raises:
+      ExportError: a file that cannot be written.
+    """
+    return tensor_file.write(Path(path), tensors, metadata)
 
 
 def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
@@ -198,13 +265,15 @@ def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
     Raises:
       ExportError: no such file, not an encoder of ours, or tensors that do not fit its `arch`.
     """
-    tensors, metadata = _read(Path(path))
+    tensors, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT or metadata.get("arch") not in resnet.BLOCKS:
         raise ExportError(
             f"{path}: format {metadata.get('format')!r}, architecture {metadata.get('arch')!r}, "
             f"where {FORMAT!r} is needed; write the file with `jaxhisto export`."
         )
-    params, batch_stats = from_torch(tensors, metadata["arch"], str(path))
+    width = metadata.get("projection_width", "")
+    projection = int(width) if width.isdecimal() else None
+    params, batch_stats = from_torch(tensors, metadata["arch"], str(path), projection)
     return params, batch_stats, metadata
 
 
@@ -222,7 +291,7 @@ def write_golden(path: Path | str, tiles: Array, features: Array, encoder_sha256
         "features": np.ascontiguousarray(features, np.float32),
     }
     metadata = {"format": GOLDEN_FORMAT, "encoder_sha256": encoder_sha256}
-    _write(Path(path), save(tensors, metadata))
+    tensor_file.write(Path(path), tensors, metadata)
 
 
 def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
@@ -246,7 +315,9 @@ def _counters(entries: Mapping[str, Entry]) -> list[str]:
 
 
 def _projection_width(params: Tree) -> int:
-    last = params.get("projection", {}).get("3", {}).get("kernel")
+    if "projection" not in params:
+        return 0
+    last = params["projection"].get("3", {}).get("kernel")
     return 128 if last is None else int(last.shape[-1])
 
 
@@ -273,29 +344,3 @@ def _check(
 
 def _dotted(key: Any) -> str:
     return key if isinstance(key, str) else ".".join([key[0], *key[1]])
-
-
-def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 safe_open is no mapping
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"{path}: not a readable safetensors file ({error}); "
-            "write it again with `jaxhisto export`."
-        ) from error
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ExportError(
-            f"{path}: cannot be written ({error.strerror}); free space or choose another folder."
-        ) from error

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torchvision
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 
-from jaxhisto import weights
+from jaxhisto import tensor_file, weights
 from jaxhisto.config import ModelConfig, PretrainConfig, from_json
 from jaxhisto.errors import ExportError
 from jaxhisto.models import simclr
@@ -98,6 +98,39 @@ def test_a_file_holds_names_head_and_origin(
     params, batch_stats, again = weights.read_encoder(path)
     assert jax.tree.all(jax.tree.map(np.array_equal, trees, (params, batch_stats)))
     assert again == metadata
+
+
+def test_equal_content_gives_equal_bytes_that_the_library_would_write(tmp_path: Path) -> None:
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        "a": np.asarray(7, np.int64),
+        "c": np.arange(5, dtype=np.uint8),
+    }
+    tensor_file.write(tmp_path / "ours", tensors, {"said": "µm"})
+    whole = {name: t.copy(order="C") for name, t in tensors.items()}
+    assert (tmp_path / "ours").read_bytes() == save(whole, {"said": "µm"})
+
+
+def test_an_encoder_may_lack_the_projection(
+    tmp_path: Path, trees: tuple[dict, dict], metadata: dict[str, str]
+) -> None:
+    params, stats = trees
+    headless = {"encoder": params["encoder"]}
+    path = tmp_path / "encoder.safetensors"
+    weights.write_encoder(path, headless, stats, metadata | {"projection_width": "0"})
+    assert not [name for name in load_file(path) if name.startswith("fc.")]
+    again, _, _ = weights.read_encoder(path)
+    assert again.keys() == {"encoder"}
+
+
+def test_a_projection_that_the_metadata_promises_must_be_there(
+    tmp_path: Path, trees: tuple[dict, dict], metadata: dict[str, str]
+) -> None:
+    params, stats = trees
+    path = tmp_path / "encoder.safetensors"
+    weights.write_encoder(path, {"encoder": params["encoder"]}, stats, metadata)
+    with pytest.raises(ExportError, match=r"fc\.1\.weight missing"):
+        weights.read_encoder(path)
 
 
 def test_what_is_no_encoder_is_refused(
