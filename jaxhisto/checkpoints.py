@@ -40,6 +40,8 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             # A reader must not sweep away what a run beside it is writing.
             cleanup_tmp_directories=write,
+            # A reader may want the weights alone, without the optimizer's twice as much.
+            context=None if write else _weights_alone(),
         )
 
     @property
@@ -67,7 +69,8 @@ class Checkpoints:
         """The newest state (or that of `step`), with the shapes and shardings of `like`.
 
         Args:
-          like: a state of arrays or of `jax.ShapeDtypeStruct` with sharding.
+          like: a state of arrays or of `jax.ShapeDtypeStruct` with sharding; of a reader
+            (`write=False`) also a dict with some of a state's fields.
 
         Raises:
           RunError: the checkpoint is damaged.
@@ -110,6 +113,11 @@ def open_checkpoints(run: str | Path, keep: int, *, write: bool = True) -> Itera
         yield checkpoints
     finally:
         checkpoints.close()
+
+
+def _weights_alone() -> ocp.Context:
+    loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
+    return ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading))
 
 
 def _as_dict(state: Any) -> Any:

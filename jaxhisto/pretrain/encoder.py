@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxhisto import weights
 from jaxhisto.checkpoints import open_checkpoints
-from jaxhisto.config import PretrainConfig, from_json
+from jaxhisto.config import ModelConfig, PretrainConfig, from_json
 from jaxhisto.distributed import make_mesh
 from jaxhisto.errors import ExportError
 from jaxhisto.golden import golden_tiles
-from jaxhisto.pretrain.run import schedule_length
-from jaxhisto.pretrain.step import TrainState, init_state, make_embed
+from jaxhisto.models import simclr
+from jaxhisto.pretrain.step import make_embed
+
+Tree = dict[str, Any]
 
 
 def write_encoder(
@@ -41,27 +46,43 @@ def write_encoder(
     """
     run = Path(run)
     config, data, state = newest(run)
-    golden = golden_tiles(config.tile_px)
-    images = jnp.asarray(golden, jnp.float32) / 255
-    with jax.default_matmul_precision("float32"):
-        features = make_embed(config.model)(state.params, state.batch_stats, images)
+    params, stats = state["params"], state["batch_stats"]
     span = data["mpp_range"]
     metadata = weights.describe(
         config,
-        step=int(state.step),
+        step=int(state["step"]),
         data_hash=data["hash"],
         mpp_range=span and (span[0], span[1]),
         stains=stains,
         licence=licence,
     )
     encoder, goldens = run / "encoder.safetensors", run / "golden.safetensors"
-    digest = weights.write_encoder(encoder, state.params, state.batch_stats, metadata)
-    weights.write_golden(goldens, golden, np.asarray(features), digest)
+    digest = weights.write_encoder(encoder, params, stats, metadata)
+    write_golden(goldens, config.model, config.tile_px, params, stats, digest)
     return encoder, goldens
 
 
-def newest(run: Path) -> tuple[PretrainConfig, dict, TrainState]:
-    """(config, data.json, state) of the newest checkpoint of a run.
+def write_golden(
+    path: Path, model: ModelConfig, tile_px: int, params: Tree, batch_stats: Tree, digest: str
+) -> None:
+    """Writes eight synthetic tiles and the features that this encoder gives them.
+
+    Args:
+      path: the file.
+      model: architecture, mean and std.
+      tile_px: side of the tiles.
+      params, batch_stats: the weights; the projection may be absent.
+      digest: SHA-256 of the encoder file with these weights.
+    """
+    tiles = golden_tiles(tile_px)
+    images = jnp.asarray(tiles, jnp.float32) / 255
+    with jax.default_matmul_precision("float32"):
+        features = make_embed(model)(params, batch_stats, images)
+    weights.write_golden(path, tiles, np.asarray(features), digest)
+
+
+def newest(run: Path) -> tuple[PretrainConfig, Tree, Tree]:
+    """(config, data.json, {step, params, batch_stats}) of the newest checkpoint of a run.
 
     Raises:
       ExportError: no run folder, or no checkpoint in it.
@@ -83,6 +104,14 @@ def newest(run: Path) -> tuple[PretrainConfig, dict, TrainState]:
     with jax.set_mesh(mesh), open_checkpoints(run, config.keep, write=False) as checkpoints:
         if checkpoints.latest_step is None:
             raise none_yet
-        steps, steps_per_epoch = schedule_length(config, data["tiles"])
-        state = checkpoints.restore(init_state(config, steps, steps_per_epoch, mesh))
-    return config, data, state
+        return config, data, checkpoints.restore(_weights_of(config, mesh))
+
+
+def _weights_of(config: PretrainConfig, mesh: Mesh) -> Tree:
+    """The shapes of a checkpoint's weights; the optimizer's state, twice as much, stays there."""
+    _, params, stats = simclr.structure(config.model.name, config.model.projection)
+    whole = {"step": np.zeros((), np.int32), "params": params, "batch_stats": stats}
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), whole
+    )
