@@ -64,12 +64,21 @@ def project(
     return z, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 
+def encoder_structure(name: str, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef:
+    """The static part of the encoder alone, which `features` runs."""
+    encoder = nnx.eval_shape(lambda: build_resnet(name, dtype))
+    return nnx.split(encoder, nnx.Param, nnx.BatchStat)[0]
+
+
 def features(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array) -> jax.Array:
-    """Runs the encoder on its running statistics: (N, H, W, 3) to (N, d) float32."""
-    return _merge(graphdef, params, batch_stats).encoder(x)
+    """Runs the encoder on its running statistics: (N, H, W, 3) to (N, d) float32.
+
+    `graphdef` is of `encoder_structure`; the trees may lack the projection, as imported ones do.
+    """
+    return _merge(graphdef, params["encoder"], batch_stats["encoder"])(x)
 
 
-def _merge(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree) -> SimCLR:
+def _merge(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree) -> Any:
     # copy=True: without it BatchNorm's update under `grad` raises TraceContextError.
     return nnx.merge(graphdef, nnx.State(params), nnx.State(batch_stats), copy=True)
 

@@ -25,6 +25,7 @@ from jaxhisto.data.loader import batches
 from jaxhisto.data.sources import Batch, Tiles, open_tiles
 from jaxhisto.distributed import is_main, make_mesh, to_global
 from jaxhisto.errors import RunError
+from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
 from jaxhisto.runlog import RunLog, environment, read_metrics, write_atomically
 
@@ -42,14 +43,16 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises:
       StoreError: data that is missing, damaged or smaller than a batch.
-      RunError: another run in the folder, a batch the devices cannot share, a loss that is not
-        finite, a disk that is full.
+      ExportError: an encoder to start from that is none.
+      RunError: another run in the folder, an encoder that does not fit, a batch the devices
+        cannot share, a loss that is not finite, a disk that is full.
       Stopped: SIGTERM or SIGINT, after a checkpoint.
     """
     mesh = make_mesh(config.devices)
     tiles = open_tiles(config.data)
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
+    begin = starting_weights(config)
     out = open_run(config, tiles)
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
@@ -59,10 +62,13 @@ def pretrain(config: PretrainConfig) -> Path:
         open_checkpoints(out, config.keep) as checkpoints,
         stop_requests() as stop,
     ):
-        state = init_state(config, steps, steps_per_epoch, mesh)
+        state = init_state(config, steps, steps_per_epoch, mesh, begin)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
             tell(f"resuming at step {int(state.step)}")
+        elif begin:
+            head = "its" if "projection" in begin[0] else "a new"
+            tell(f"starting from {config.init}, with {head} projection")
         start = int(state.step)
         train_step = make_train_step(config, steps, steps_per_epoch)
         feed = batches(

@@ -47,11 +47,25 @@ class TrainState:
 
 
 def init_state(
-    config: PretrainConfig, steps: int, steps_per_epoch: float, mesh: Mesh
+    config: PretrainConfig,
+    steps: int,
+    steps_per_epoch: float,
+    mesh: Mesh,
+    start: tuple[Tree, Tree] | None = None,
 ) -> TrainState:
-    """The state before the first step: a function of the seed, the same on any mesh."""
+    """The state before the first step: a function of the seed, the same on any mesh.
+
+    Args:
+      config: the run's settings.
+      steps, steps_per_epoch: of the schedule.
+      mesh: where the state goes.
+      start: (params, batch_stats) to begin with instead of the seed's; where they lack the
+        projection, the seed's is taken.
+    """
     tx, _ = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
     params, stats = simclr.init(config.model.name, config.model.projection, config.seed)
+    if start is not None:
+        params, stats = params | start[0], start[1]
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
     return replicate(state, mesh)
 
@@ -167,7 +181,7 @@ def make_embed(model: ModelConfig) -> Callable[[Tree, Tree, jax.Array], jax.Arra
     Returns:
       (params, batch_stats, images (n, H, W, 3) float32 in 0..1) -> (n, d) float32.
     """
-    graphdef, _, _ = simclr.structure(model.name, model.projection)
+    graphdef = simclr.encoder_structure(model.name)
 
     def embed(params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         return simclr.features(graphdef, params, batch_stats, normalise(images, model))
