@@ -7,10 +7,19 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from shlex import quote
 
 from jaxhisto import __version__
-from jaxhisto.config import DemoConfig, ExportConfig, PretrainConfig, TileConfig, VerifyConfig
+from jaxhisto.config import (
+    DemoConfig,
+    ExportConfig,
+    ImportConfig,
+    PretrainConfig,
+    TileConfig,
+    VerifyConfig,
+    ZooConfig,
+)
 from jaxhisto.errors import JaxhistoError
 from jaxhisto.flags import parse
 
@@ -44,27 +53,50 @@ def pretrain(argv: Sequence[str]) -> int:
     config = parse(PretrainConfig, argv, "pretrain")
     from jaxhisto.pretrain.run import pretrain as train
 
+    if config.init:
+        from jaxhisto.torch_files import encoder_files
+
+        config = replace(config, init=str(encoder_files(config.init)[0]))
     out = train(config)
     say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
 
 
 def export(argv: Sequence[str]) -> int:
-    """a run -> a PyTorch file"""
+    """a run or an encoder -> PyTorch, timm and ONNX files, or a folder to upload"""
     config = parse(ExportConfig, argv, "export")
-    from jaxhisto.torch_files import export_run
+    from jaxhisto.torch_files import export_encoder
 
-    export_run(config)
-    say_next(f"jaxhisto verify {quote(config.out)}")
+    say_next(f"jaxhisto verify {quote(str(export_encoder(config)))}")
+    return 0
+
+
+def import_(argv: Sequence[str]) -> int:
+    """another project's ResNet file -> an encoder, its pickle never executed"""
+    config = parse(ImportConfig, argv, "import")
+    from jaxhisto.torch_files import import_file
+
+    say_next(f"jaxhisto verify {quote(str(import_file(config)))}")
     return 0
 
 
 def verify(argv: Sequence[str]) -> int:
-    """check an exported file against a stock torchvision ResNet"""
+    """check an exported file against a stock torchvision ResNet, or against another file"""
     config = parse(VerifyConfig, argv, "verify")
     from jaxhisto.torch_files import verify_file
 
-    return verify_file(config.file)
+    return verify_file(config.file, config.against)
+
+
+def zoo(argv: Sequence[str]) -> int:
+    """published encoders: list them, or get one"""
+    config = parse(ZooConfig, argv, "zoo")
+    from jaxhisto.torch_files import zoo as fetch
+
+    path = fetch(config)
+    if path is not None:
+        say_next(f"jaxhisto import {quote(str(path))} --out {quote(config.name)}")
+    return 0
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -75,7 +107,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    f.__name__: f for f in (demo, tile, pretrain, export, verify, doctor)
+    f.__name__.rstrip("_"): f for f in (demo, tile, pretrain, export, import_, verify, zoo, doctor)
 }
 
 

@@ -174,6 +174,9 @@ class PretrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    init: str = ""
+    """Start from this encoder instead of random weights: a run folder, an encoder.safetensors
+    (`jaxhisto import` writes one of other people's files), or a name of `jaxhisto zoo list`."""
     extend: bool = field(default=False, metadata=OPERATIONAL)
     """Allow an existing run to get another number of steps (changes the cosine schedule)."""
     checkpoint_every: int = within(1000, 1, MANY, operational=True)
@@ -190,17 +193,29 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write the encoder of a run as a PyTorch file."""
+    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all of them."""
 
     run: str = field(metadata=POSITIONAL)
-    """Run folder of `jaxhisto pretrain`; its newest checkpoint is taken."""
-    out: str
-    """The PyTorch file to write; an earlier one is replaced when the new one is whole."""
-    layout: Literal["published", "torchvision"] = "published"
+    """Run folder of `jaxhisto pretrain` (its newest checkpoint is taken), an
+    encoder.safetensors, or a name of `jaxhisto zoo list`."""
+    out: str = ""
+    """The file to write; of layout timm, the folder."""
+    layout: Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"] = "published"
     """`published`: state_dict under model.resnet., head last, as the released weights;
-    `torchvision`: flat, for a strict load into a stock ResNet."""
+    `torchvision`: flat, for a strict load into a stock ResNet; `dsmil`: flat, head last, for
+    loaders by position; `timm`: a folder for timm.create_model; `smp`: the encoder of
+    segmentation_models_pytorch; `onnx`: for onnxruntime."""
+    bundle: str = ""
+    """Instead of `out`: a folder to upload, with every layout, model card, golden tiles and
+    checksums."""
+    card: bool = False
+    """Also write the model card, README.md beside the file."""
     fc: Literal["none", "zero"] = "none"
     """Of layout torchvision: leave `fc` out, or write a zero one of 1000 classes."""
+    normalise: bool = False
+    """Of layout onnx: take uint8 RGB tiles and normalise inside the graph."""
+    force: bool = False
+    """Replace what is there under that name, once the new one is whole."""
     licence: str = ""
     """Licence of the weights, written into the file."""
     stains: tuple[str, ...] = ()
@@ -208,11 +223,54 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
-    """Check an exported file against a stock torchvision ResNet."""
+class ImportConfig:
+    """Read another project's ResNet file as an encoder; its pickle is never executed."""
 
     file: str = field(metadata=POSITIONAL)
-    """The PyTorch file."""
+    """A .pth, .pt, .ckpt, .safetensors or ONNX file, a timm folder, or a name of
+    `jaxhisto zoo list`."""
+    out: str
+    """Folder for encoder.safetensors and golden.safetensors, or a name ending in
+    .safetensors."""
+    arch: Literal["", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = ""
+    """The architecture you expect; another one in the file is then refused."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Mean that the encoder wants subtracted from RGB in 0..1, where the file does not say:
+    0.485 0.456 0.406 for ImageNet's, 0.5 0.5 0.5 for the published weights."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Standard deviation to divide by, likewise: 0.229 0.224 0.225 for ImageNet's."""
+    tile_px: int = within(224, 8, 8192)
+    """Side of the tiles it was trained on in pixels, where the file does not say."""
+    mpp_range: tuple[float, float] | None = within(None, 1e-3, 1e3, ordered=True)
+    """Smallest and largest um/px of these tiles, where the file does not say."""
+    licence: str = ""
+    """Licence of the weights, where the file does not say."""
+    force: bool = False
+    """Replace what is there under that name, once the new one is whole."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check an exported file against a stock torchvision ResNet, and against another file."""
+
+    file: str = field(metadata=POSITIONAL)
+    """The file, or the folder of layout timm."""
+    against: str = ""
+    """Another file, of any layout, that should hold the same weights."""
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """Published encoders: what there is, and how to get it."""
+
+    action: Literal["list", "get"] = field(metadata=POSITIONAL)
+    """`list` the registry, or `get` a file into the cache."""
+    name: str = field(default="", metadata=POSITIONAL)
+    """Of `get`: a name from the list."""
+    source: str = field(default="", metadata={"flag": "from"})
+    """A folder or address that holds the file, instead of where the registry says."""
+    unchecked: bool = False
+    """Take a file whose SHA-256 the registry does not know."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +306,7 @@ def check(config: Config) -> Config:
         values = value if isinstance(value, tuple) else (value,)
         if low is not None and any(v is not None and not low <= v <= high for v in values):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must lie in {low}..{high}.")
-        if meta.get("ordered") and not values[0] <= values[-1]:
+        if meta.get("ordered") and value is not None and not values[0] <= values[-1]:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: the first must not be larger.")
     for pair in EITHER:
         if all(getattr(config, name, None) is not None for name in pair):

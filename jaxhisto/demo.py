@@ -136,13 +136,13 @@ def train(config: DemoConfig, store: Path, run: Path) -> Path:
 
 def to_pytorch(config: DemoConfig, run: Path, out: Path) -> int:
     """Exports both layouts, verifies both, and loads one as a stranger would."""
-    from jaxhisto.torch_files import export_run, verify_file
+    from jaxhisto.torch_files import export_encoder, verify_file
 
     code = 0
     files = {"published": out / "encoder.ckpt", "torchvision": out / f"{config.name}.pth"}
     for layout, file in files.items():
         say("4 export", f"{layout}: {file}")
-        export_run(ExportConfig(run=str(run), out=str(file), layout=layout))  # type: ignore[arg-type]
+        export_encoder(ExportConfig(run=str(run), out=str(file), layout=layout))  # type: ignore[arg-type]
         code = max(code, verify_file(str(file)))
     lines = LOAD.format(arch=config.name, file=files["torchvision"])
     print("\nLoad it in PyTorch:\n\n" + lines)

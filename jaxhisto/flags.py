@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from jaxhisto.config import EITHER, check, known
 from jaxhisto.errors import ConfigError
@@ -33,7 +33,7 @@ def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
         path = _config_file(args.pop(0))
         args = _file_flags(cls, path, args) + args
     parsed = tyro.cli(
-        _with_positionals(cls),
+        _with_marks(cls),
         args=args,
         prog=f"jaxhisto {verb}",
         description=cls.__doc__,
@@ -47,18 +47,23 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
-def _positional(hint: Any) -> Any:
+def _marked(hint: Any, meta: Mapping[str, Any]) -> Any:
+    """The hint as the parser wants it: positional, or under a name that Python reserves."""
     import tyro
 
+    if "flag" in meta:
+        return Annotated[hint, tyro.conf.arg(name=meta["flag"])]
     positional: Any = tyro.conf.Positional
     return positional[hint]
 
 
-def _with_positionals(cls: type[Config]) -> type[Config]:
-    """The same dataclass with its positional fields marked for the parser."""
+def _with_marks(cls: type[Config]) -> type[Config]:
+    """The same dataclass with its positional and renamed fields marked for the parser."""
     hints = get_type_hints(cls)
     marked = {
-        f.name: _positional(hints[f.name]) for f in _fields(cls) if f.metadata.get("positional")
+        f.name: _marked(hints[f.name], f.metadata)
+        for f in _fields(cls)
+        if {"positional", "flag"} & f.metadata.keys()
     }
     if not marked:
         return cls

@@ -74,6 +74,11 @@ def parse(metadata: Mapping[str, str]) -> Provenance:
     return {key: _value(key, text) for key, text in metadata.items()}
 
 
+def to_strings(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """JSON values as the string metadata of a safetensors file; the inverse of `parse`."""
+    return {k: v if k in PLAIN_STRINGS else json.dumps(v) for k, v in provenance.items()}
+
+
 def _value(key: str, text: str) -> Any:
     if key in PLAIN_STRINGS:
         return text
@@ -93,6 +98,7 @@ def problems(provenance: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[s
         if name not in provenance or not accepts(provenance[name])
     ]
     arch, width = provenance.get("arch"), provenance.get("feature_width")
-    if not found and width != ARCHITECTURES[str(arch)].feature_width:
+    asked = {"arch", "feature_width"} <= rules.keys()
+    if asked and not found and width != ARCHITECTURES[str(arch)].feature_width:
         found.append(f"metadata `feature_width` is {width}, which {arch} has not")
     return found
