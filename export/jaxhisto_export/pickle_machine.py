@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 # The Lightning file of a ResNet101 with momentum buffers takes 40,000.
-MAX_WORK = 500_000
+MAX_WORK = 400_000
 """Opcodes, plus items copied by a call; about a second."""
 
 MAX_KEY = 1 << 31  # of an integer key: small ones hash to themselves and cannot be made to collide

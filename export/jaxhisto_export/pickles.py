@@ -231,6 +231,8 @@ def _central_directory(data: Array) -> dict[str, _Span]:
     entries, size, start = struct.unpack_from("<HII", tail, at + 10)
     if entries == 0xFFFF or 0xFFFFFFFF in (size, start):
         raise ValueError("an archive of more than 4 GiB or 65534 records")
+    if start + size > len(data) or size > MAX_PICKLE:
+        raise ValueError("the directory of the archive is damaged")
     table = bytes(data[start : start + size])
     spans: dict[str, _Span] = {}
     at = 0
