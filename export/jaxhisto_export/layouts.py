@@ -113,7 +113,7 @@ def read_encoder(path: Path) -> WeightsFile:
     """Reads and checks an encoder.safetensors; all that is wrong with it is in the error."""
     file = read_weights(path)
     if file.layout != "encoder":
-        raise ExportFileError(f"{path}: not a safetensors file, give RUN/encoder.safetensors.")
+        raise ExportFileError(f"{path}: is of layout {file.layout}, give RUN/encoder.safetensors.")
     found = problems(file.provenance, ENCODER_FIELDS) or tensor_problems(file)
     if found:
         raise ExportFileError(

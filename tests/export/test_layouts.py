@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +89,62 @@ def test_flat_provenance_survives_a_strict_load(flat: Path, run18: Run) -> None:
     assert all(torch.equal(tensor, run18.tensors[key]) for key, tensor in state.items())
 
 
+@pytest.fixture(scope="module")
+def headless(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder of `run18` without its projection, as an import may leave it."""
+    path = tmp_path_factory.mktemp("headless") / "encoder.safetensors"
+    tensors = {k: v for k, v in run18.tensors.items() if not k.startswith("fc.")}
+    save_file(tensors, path, encoder_metadata("resnet18", projection_width="0"))
+    return path
+
+
+@pytest.mark.parametrize(("layout", "keys"), [("dsmil", 124), ("smp", 120)])
+def test_flat_layouts(layout: str, keys: int, run18: Run, tmp_path: Path) -> None:
+    out = run18.export(layout, tmp_path / "out.pth")
+    state = torch.load(out, weights_only=True)
+    backbone = list(torchvision_resnet("resnet18").state_dict())
+    head = ["fc.1.weight", "fc.1.bias", "fc.3.weight", "fc.3.bias"]
+    assert list(state) == [*backbone, *head][:keys]
+    assert all(torch.equal(tensor, run18.tensors[key]) for key, tensor in state.items())
+    inside = state._metadata["jaxhisto"]
+    assert inside == json.loads((tmp_path / "out.pth.json").read_text())
+    assert inside["format"] == f"jaxhisto-{layout}-1"
+
+
+@pytest.mark.parametrize("layout", ["published", "dsmil"])
+def test_layouts_with_a_head_refuse_an_encoder_without(
+    layout: str, headless: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportFileError, match=r"no projection.*take layout torchvision") as failure:
+        convert(headless, layout, tmp_path / "out.pth")
+    assert str(failure.value).startswith(str(headless))
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("layout", "fc"), [("torchvision", "none"), ("torchvision", "zero")])
+def test_an_encoder_without_a_head_is_whole(
+    layout: str, fc: str, headless: Path, run18: Run, tmp_path: Path
+) -> None:
+    convert(headless, layout, tmp_path / "out.pth", fc=fc)
+    state = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert len(state) == (122 if fc == "zero" else 120)
+    assert torch.equal(state["conv1.weight"], run18.tensors["conv1.weight"])
+
+
+def test_a_head_that_the_metadata_denies_is_refused(run18: Run, tmp_path: Path) -> None:
+    path = _without(run18, tmp_path, projection_width="0", licence="MIT")
+    with pytest.raises(ExportFileError, match=r"4 keys that do not belong there: `fc\.1"):
+        convert(path, "torchvision", tmp_path / "out.pth")
+
+
+def test_a_head_of_another_width_is_kept(run18: Run, tmp_path: Path) -> None:
+    tensors = run18.tensors | {"fc.3.weight": torch.ones(64, 512), "fc.3.bias": torch.ones(64)}
+    path = tmp_path / "encoder.safetensors"
+    save_file(tensors, path, encoder_metadata("resnet18", projection_width="64"))
+    convert(path, "dsmil", tmp_path / "out.pth")
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["fc.3.bias"].shape == (64,)
+
+
 def test_zero_fc(flat_with_fc: Path) -> None:
     state = torch.load(flat_with_fc, weights_only=True)
     assert list(state)[-2:] == ["fc.weight", "fc.bias"]
@@ -111,6 +169,52 @@ def test_companions_of_an_earlier_file_go(run18: Run, tmp_path: Path) -> None:
     written = convert(run18.encoder, "published", out, force=True)
     assert written == [out]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.pth"]
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.pth.json", "out.pth.golden.safetensors"])
+def test_what_is_there_is_replaced_only_by_force(name: str, run18: Run, tmp_path: Path) -> None:
+    """Also what lies beside under the file's name: golden tiles of other weights mislead."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ExportFileError, match="exists, pass --force to replace it") as failure:
+        convert(run18.encoder, "smp", tmp_path / "out.pth")
+    assert str(failure.value).startswith(str(tmp_path / name))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+    convert(run18.encoder, "smp", tmp_path / "out.pth", force=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.pth", "out.pth.json"]
+
+
+def test_a_link_that_leads_nowhere_is_there_too(run18: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.pth").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportFileError, match="exists"):
+        convert(run18.encoder, "smp", tmp_path / "out.pth")
+
+
+MEASURE = """
+import resource, sys
+import onnx, onnx.helper, onnx.numpy_helper
+from jaxhisto_export import layouts
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+layouts.convert(*sys.argv[1:])
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def run101(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The largest depth."""
+    return make_run(tmp_path_factory.mktemp("run101"), "resnet101")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["published", "torchvision", "dsmil", "timm", "smp", "onnx"])
+def test_peak_memory(layout: str, run101: Run, tmp_path: Path) -> None:
+    """Beyond the imports: less than twice the weights, which are mapped once."""
+    out = tmp_path / {"timm": "out", "onnx": "out.onnx"}.get(layout, "out.pth")
+    command = [sys.executable, "-c", MEASURE, run101.encoder, layout, out, run101.golden]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    weights = sum(t.numel() * t.element_size() for t in run101.tensors.values())
+    assert int(done.stdout) < 1.5 * weights
 
 
 @pytest.mark.slow
@@ -226,10 +330,25 @@ def test_a_full_disk_leaves_the_earlier_file_whole(run18: Run, tmp_path: Path) -
         ("torchvision", "out.pth", "half", "no such choice"),
         ("published", "out.safetensors", "none", "call it .pth"),
         ("published", ".", "none", "is a folder"),
+        ("onnx", ".", "none", "is a folder"),
+        ("timm", "encoder.txt", "none", "is a file"),
     ],
 )
 def test_requests_that_make_no_sense(
     layout: str, out: str, fc: str, message: str, run18: Run, tmp_path: Path
 ) -> None:
+    (tmp_path / "encoder.txt").touch()
     with pytest.raises(ExportFileError, match=message):
         convert(run18.encoder, layout, tmp_path / out, fc=fc)
+
+
+def test_normalise_is_of_layout_onnx(run18: Run, tmp_path: Path) -> None:
+    with pytest.raises(ExportFileError, match="take normalise with layout onnx"):
+        convert(run18.encoder, "smp", tmp_path / "out.pth", normalise=True)
+
+
+def test_an_encoder_is_nothing_but_an_encoder(run18: Run, published: Path, tmp_path: Path) -> None:
+    folder = run18.export("timm", tmp_path / "timm")
+    for path in (published, folder / "model.safetensors"):
+        with pytest.raises(ExportFileError, match=r"give RUN/encoder\.safetensors"):
+            convert(path, "smp", tmp_path / "out.pth")

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from random_runs import Run
+
+from jaxhisto_export.layouts import convert
 
 README = Path(__file__).parents[2] / "export" / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def folder(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    run18.export("torchvision", folder / "encoder.pth")
+    run18.export("published", folder / "published.pth")
+    run18.export("timm", folder / "encoder")
+    run18.export("smp", folder / "smp.pth")
+    convert(run18.encoder, "onnx", folder / "normalising.onnx", normalise=True)
+    return folder
+
+
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_readme_code_runs(
-    number: int, flat: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copy(flat, tmp_path / "encoder.pth")
-    shutil.copy(published, tmp_path / "published.pth")
-    monkeypatch.chdir(tmp_path)
+def test_readme_code_runs(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     scope: dict[str, object] = {}
     exec(compile(BLOCKS[number], README.name, "exec"), scope)
     if "features" in scope:
         assert scope["features"].shape == (8, 512)
 
 
-def test_there_is_code_to_run() -> None:
-    assert len(BLOCKS) == 3
+def test_there_is_code_for_each_layout() -> None:
+    assert len(BLOCKS) == 7

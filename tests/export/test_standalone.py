@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import loaders
 import pytest
 from random_runs import Run, make_run
 
@@ -73,6 +74,52 @@ def test_convert_and_verify_without_jax_and_torchvision(run10: Run, tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert "plain ResNet (no torchvision here)" in done.stdout
     assert done.stdout.endswith("verified\n")
+
+
+def test_every_layout_from_the_command_line(
+    run10: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for column, name in loaders.LAYOUTS.items():
+        layout, *fc = column.split()
+        out = str(tmp_path / name)
+        asked = ["convert", str(run10.encoder), "--layout", layout, "--out", out]
+        assert main([*asked, *(["--fc", "zero"] if fc else [])]) == 0
+        assert main(asked) == 1
+        assert "exists, pass --force" in capsys.readouterr().err
+        assert main([*asked, "--force"]) == 0
+        assert main(["verify", out]) == 0
+    raw = ["--layout", "onnx", "--normalise", "--out", str(tmp_path / "raw.onnx")]
+    assert main(["convert", str(run10.encoder), *raw]) == 0
+    assert main(["verify", str(tmp_path / "raw.onnx")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_onnx_is_one_sentence(
+    run10: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run10.export("onnx", tmp_path / "whole.onnx")
+    asked = ["convert", str(run10.encoder), "--layout", "onnx", "--out", str(tmp_path / "o.onnx")]
+    monkeypatch.setitem(sys.modules, "onnx", None)  # importing it then fails as if it were absent
+    for arguments in (asked, ["verify", str(whole)]):
+        assert main(arguments) == 1
+        said = "onnx is not installed: pip install 'jaxhisto[onnx]' (or onnx alone)\n"
+        assert capsys.readouterr().err.removeprefix("problem: ") == said
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_missing_onnxruntime_is_a_note(
+    run10: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run10.export("onnx", tmp_path / "whole.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["verify", str(whole)]) == 0
+    assert "note: the graph was not run, onnxruntime is not" in capsys.readouterr().out
 
 
 def test_a_problem_ends_with_code_1_and_no_traceback(tmp_path: Path) -> None:

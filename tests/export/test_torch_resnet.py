@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import loaders
 import numpy as np
 import pytest
 import torch
@@ -43,11 +44,15 @@ def test_torchvisions_resnet_is_taken_where_it_is(name: str) -> None:
     assert len(network.state_dict()) == len(ARCHITECTURES[name].backbone())
 
 
-@pytest.mark.parametrize("fixture", ["published", "flat_with_fc"])
-def test_features_are_those_of_the_network_exported(
-    fixture: str, run18: Run, request: pytest.FixtureRequest
-) -> None:
-    encoder = load_encoder(request.getfixturevalue(fixture))
+@pytest.fixture(scope="module")
+def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout of one encoder."""
+    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize("layout", loaders.LAYOUTS)
+def test_features_are_those_of_the_network_exported(layout: str, files: Path, run18: Run) -> None:
+    encoder = load_encoder(files / loaders.LAYOUTS[layout])
     assert not encoder.training
     with torch.inference_mode():
         ours = encoder.features(torch.from_numpy(run18.tiles))

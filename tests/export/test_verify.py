@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -9,9 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loaders
 import pytest
 import torch
-from random_runs import WIDTHS, Run, features_of, make_run, random_resnet, torchvision_resnet
+from random_runs import (
+    WIDTHS,
+    Run,
+    encoder_metadata,
+    features_of,
+    make_run,
+    random_resnet,
+    torchvision_resnet,
+)
 from safetensors.torch import save_file
 
 from jaxhisto_export.verify import VerifyResult, verify
@@ -60,9 +70,15 @@ def _says(result: VerifyResult, text: str) -> bool:
     return any(text in problem for problem in result.problems)
 
 
-@pytest.mark.parametrize("fixture", ["published", "flat", "flat_with_fc"])
-def test_good_files_pass(fixture: str, request: pytest.FixtureRequest) -> None:
-    result = verify(request.getfixturevalue(fixture))
+@pytest.fixture(scope="module")
+def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout of one encoder."""
+    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.mark.parametrize("layout", loaders.LAYOUTS)
+def test_good_files_pass(layout: str, files: Path) -> None:
+    result = verify(files / loaders.LAYOUTS[layout])
     assert result.problems == []
     assert result.ok
     text = "\n".join(result.lines)
@@ -70,6 +86,55 @@ def test_good_files_pass(fixture: str, request: pytest.FixtureRequest) -> None:
     assert "8 tiles of 48 px, largest difference" in text
     assert "18 of 18 fields" in text
     assert "conv1 looks random" in text
+
+
+@pytest.mark.parametrize("layout", loaders.LAYOUTS)
+def test_one_golden_file_serves_a_whole_folder(
+    layout: str, files: Path, run18: Run, tmp_path: Path
+) -> None:
+    if layout == "timm":
+        pytest.skip("has none of its own name")
+    name = loaders.LAYOUTS[layout]
+    shutil.copy(files / name, tmp_path / name)
+    shutil.copy(run18.golden, tmp_path / "golden.safetensors")
+    result = verify(tmp_path / name)
+    assert result.problems == []
+    assert any("8 tiles of 48 px" in line for line in result.lines)
+
+
+@pytest.mark.parametrize("layout", ["dsmil", "smp"])
+def test_flat_layouts_whose_metadata_is_lost_are_told_so(
+    layout: str, files: Path, tmp_path: Path
+) -> None:
+    state = torch.load(files / loaders.LAYOUTS[layout], weights_only=True)
+    torch.save(dict(state), tmp_path / "bare.pth")
+    result = verify(tmp_path / "bare.pth")
+    assert any("keys: 12" in line and ", 0 others" in line for line in result.lines)
+    assert _says(result, "no metadata")
+
+
+def test_a_head_lost_on_the_way(files: Path, tmp_path: Path) -> None:
+    state = torch.load(files / "dsmil.pth", weights_only=True)
+    del state["fc.3.weight"], state["fc.3.bias"]
+    torch.save(state, tmp_path / "less.pth")
+    assert _says(verify(tmp_path / "less.pth"), "2 of 124 keys missing: `fc.3.weight`")
+
+
+def test_an_encoder_without_a_projection_passes(run10: Run, tmp_path: Path) -> None:
+    tensors = {k: v for k, v in run10.tensors.items() if not k.startswith("fc.")}
+    path = tmp_path / "encoder.safetensors"
+    save_file(tensors, path, encoder_metadata("resnet10", projection_width="0"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    golden = {"tiles": torch.from_numpy(run10.tiles), "features": run10.features}
+    save_file(golden, tmp_path / "golden.safetensors", {"encoder_sha256": digest})
+    assert verify(path).problems == []
+
+
+def test_against_another_file(files: Path, run10: Run) -> None:
+    result = verify(files / "published.pth", against=files / "encoder.onnx")
+    assert result.problems == []
+    assert any("120 of 120 shared tensors equal bit for bit" in line for line in result.lines)
+    assert _says(verify(files / "timm", against=run10.encoder), "a resnet10")
 
 
 def test_the_encoder_of_a_run_passes(run18: Run) -> None:
@@ -80,8 +145,9 @@ def test_the_encoder_of_a_run_passes(run18: Run) -> None:
 @pytest.mark.parametrize("name", sorted(WIDTHS))
 def test_every_depth_passes(name: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", name, seed=11)
-    for layout in ("published", "torchvision"):
-        result = verify(run.export(layout, tmp_path / f"{layout}.pth"))
+    files = loaders.write_all(run, tmp_path / "files")
+    for file in loaders.LAYOUTS.values():
+        result = verify(files / file)
         assert result.problems == []
         # As good as float32 is, and so far below the tolerance.
         line = next(line for line in result.lines if line.startswith("golden"))
