@@ -45,13 +45,15 @@ SIGNS: tuple[tuple[str, str], ...] = (
         "a ResNet v2 with GroupNorm, as REMEDIS",
     ),
     (r"(^|\.)conv1\.0\.weight", "a ResNet with a deep stem, as timm's resnet50d"),
-    (r"\.se\.", "a network with squeeze-and-excitation"),
     (r"denseblock\d", "a DenseNet"),
     (r"_conv_stem|conv_stem|conv_dw|dwconv", "an EfficientNet, MobileNet or ConvNeXt"),
+    (r"\.se\.|\.se_module\.", "a network with squeeze-and-excitation"),
     (r"Conv2d_1a_3x3|Mixed_\d", "an Inception network"),
     (r"features\.\d+\.weight", "a VGG or AlexNet"),
 )
 """What names say about a file that is no ResNet of ours; the first that is found in one."""
+
+NO_MODELS = ("optim", "callbacks")  # keys of dicts whose tensors nobody looks for
 
 MAX_TENSORS = 20_000  # a ResNet101 has 624
 MAX_DEPTH = 6  # of dicts in dicts; VISSL nests five
@@ -126,7 +128,7 @@ class Place:
 
 
 def tables(content: Any) -> list[Table]:
-    """Every dict with tensors that text keys lead to, optimizers aside."""
+    """Every dict with tensors that text keys lead to, but `NO_MODELS`."""
     found: list[Table] = []
     seen: set[int] = set()
     queue: list[tuple[tuple[str, ...], Any]] = [((), content)]
@@ -142,7 +144,7 @@ def tables(content: Any) -> list[Table]:
         if tensors:
             found.append(Table(where, tensors))
         if len(where) < MAX_DEPTH:
-            deeper = (k for k in named if not k.startswith("optim"))
+            deeper = (k for k in named if not k.startswith(NO_MODELS))
             queue += [((*where, k), named[k]) for k in deeper if isinstance(named[k], (dict, Stub))]
     return found
 

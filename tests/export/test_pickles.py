@@ -83,6 +83,14 @@ def test_views_are_read_only_and_take_no_memory(tmp_path: Path) -> None:
     assert isinstance(array, np.memmap)
 
 
+def test_tensors_of_another_device_are_read(tmp_path: Path) -> None:
+    program = b"\x80\x02}X\x01\x00\x00\x00w" + hostile.tensor(4, 1, [3], [1]) + b"s."
+    program = program.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+    data = np.arange(4, dtype="<f4")
+    path = written(tmp_path, hostile.zip_of(program, {"data/0": data.tobytes()}))
+    assert read_checkpoint(path)["w"].numpy().tolist() == [1, 2, 3]
+
+
 def test_bits_without_a_checksum_are_taken(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
