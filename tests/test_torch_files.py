@@ -221,7 +221,7 @@ def test_pretraining_starts_from_an_imported_encoder(jaxhisto, foreign, tmp_path
     code, said, problems = jaxhisto(*line, *feeding)
     assert code == 0, problems
     assert "starting from" in said
-    assert "a new projection" in said
+    assert "with a new head" in said
     assert len(read_metrics(tmp_path / "run")) == 1
     # At rate 0 the encoder that comes out is the one that went in.
     assert jaxhisto("export", tmp_path / "run", "--out", tmp_path / "out.ckpt")[0] == 0

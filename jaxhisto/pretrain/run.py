@@ -65,11 +65,8 @@ def pretrain(config: PretrainConfig) -> Path:
         state = init_state(config, steps, steps_per_epoch, mesh, begin)
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
-            tell(f"resuming at step {int(state.step)}")
-        elif begin:
-            head = "its" if "projection" in begin[0] else "a new"
-            tell(f"starting from {config.init}, with {head} projection")
         start = int(state.step)
+        tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
         feed = batches(
             tiles, config.data, config.batch_size, config.seed, start, steps,
@@ -143,6 +140,15 @@ class Pending:
             f"step {step}: {name} is {value}; {good}; lower --optim.rate, raise "
             "--optim.temperature or use --precision f32, in a new run folder."
         )
+
+
+def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) -> str:
+    """Where the weights of the first step come from, as one line."""
+    if start:
+        return f"resuming at step {start}"
+    if begin is None:
+        return f"starting from random weights, seed {config.seed}"
+    return f"starting from {config.init}, with {'its' if 'projection' in begin[0] else 'a new'} head"
 
 
 def check_batch(config: PretrainConfig, n_tiles: int, devices: int) -> None:
