@@ -148,7 +148,8 @@ def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) ->
         return f"resuming at step {start}"
     if begin is None:
         return f"starting from random weights, seed {config.seed}"
-    return f"starting from {config.init}, with {'its' if 'projection' in begin[0] else 'a new'} head"
+    whose = "its" if "projection" in begin[0] else "a new"
+    return f"starting from {config.init}, with {whose} head"
 
 
 def check_batch(config: PretrainConfig, n_tiles: int, devices: int) -> None:
