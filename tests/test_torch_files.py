@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,57 @@ def test_pretraining_starts_from_an_imported_encoder(jaxhisto, foreign, tmp_path
     theirs = torch.load(foreign, weights_only=True)
     weight = out["state_dict"]["model.resnet.layer1.0.conv1.weight"]
     assert torch.equal(weight, theirs["layer1.0.conv1.weight"])
+
+
+def used_to(arch: str, tiles: np.ndarray) -> dict[str, np.ndarray]:
+    """torchvision's initial weights with the running statistics that these tiles give.
+
+    With other statistics the features are the last BatchNorms' biases, whatever the tile.
+    """
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, arch)(weights=None)
+    network.fc = torch.nn.Identity()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the plain mean
+            torch.nn.init.uniform_(module.weight, 0.2, 0.6)
+            torch.nn.init.normal_(module.bias, 0.0, 0.1)
+    x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        network.train()((x - 0.5) / 0.5)
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_features_of_real_tiles_are_pytorchs(arch, shared_data, tmp_path):
+    """64 tiles of two sets, through the exported file: 1e-5 of the largest feature.
+
+    The truth is PyTorch in float64. Where PyTorch's own float32 is farther from it than that,
+    as it is for the deeper networks with random weights, ours may be as far and no farther.
+    """
+    from jaxhisto.pretrain.step import make_embed
+    from jaxhisto_export import convert, load_encoder
+
+    sets = [shared_data / name / "images" for name in ("her2st_spots", "bcss_tumor")]
+    found = [sorted(p for p in s.iterdir() if p.suffix in (".jpg", ".png"))[::4][:32] for s in sets]
+    files = [file for some in found for file in some]
+    assert len(files) == 64
+    tiles = np.stack([np.asarray(Image.open(f).convert("RGB"))[:96, :96] for f in files])
+    encoder, config = tmp_path / "encoder.safetensors", PretrainConfig(out="run")
+    config = replace(config, model=ModelConfig(name=arch))
+    stated = weights.describe(config, step=0, data_hash="none") | {"projection_width": "0"}
+    weights.write_tensors(encoder, used_to(arch, tiles), stated)
+    convert(encoder, "torchvision", tmp_path / "encoder.pth")
+    network = load_encoder(tmp_path / "encoder.pth")
+    x = network.preprocess(torch.from_numpy(tiles))
+    with torch.inference_mode():
+        theirs = network(x).numpy()
+        truth = network.double()(x.double()).numpy()
+    params, stats, _ = weights.read_encoder(encoder)
+    ours = np.asarray(make_embed(config.model)(params, stats, tiles.astype(np.float32) / 255))
+    errors = [np.abs(f - truth).max() / np.abs(truth).max() for f in (ours, theirs)]
+    print(f"{arch}: ours {errors[0]:.1e}, PyTorch's float32 {errors[1]:.1e} from float64")
+    assert errors[0] <= max(1e-5, 1.2 * errors[1])
+    # Features that hardly differ between tiles would prove nothing.
+    assert truth.std(0).mean() > 0.1 * np.abs(truth).mean()

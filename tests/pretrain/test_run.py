@@ -91,7 +91,7 @@ def restored(run: Path):
     from jaxhisto.pretrain.encoder import newest
 
     state = newest(run)[2]
-    return state.params, state.batch_stats
+    return state["params"], state["batch_stats"]
 
 
 def encoder(run: Path):
