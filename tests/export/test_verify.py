@@ -137,10 +137,6 @@ def test_against_the_encoder_it_was_made_of(layout: str, files: Path, run18: Run
     assert any(f"{kept} of {kept} shared tensors equal bit for bit" in x for x in result.lines)
 
 
-def test_against_another_depth(files: Path, run10: Run) -> None:
-    assert _says(verify(files / "timm", against=run10.encoder), "a resnet10")
-
-
 def test_the_encoder_of_a_run_passes(run18: Run) -> None:
     assert verify(run18.encoder).problems == []
 
