@@ -8,15 +8,13 @@ encoder.safetensors  golden.safetensors  loss.png  SHA256SUMS
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxhisto_export.errors import ExportFileError
-from jaxhisto_export.files import refuse_existing
+from jaxhisto_export.files import new_folder, refuse_existing
 from jaxhisto_export.layouts import Layout, convert, read_encoder
 from jaxhisto_export.model_card import write_card
 from jaxhisto_export.weights_file import file_sha256
@@ -29,6 +27,13 @@ FILES: dict[Layout, str] = {
     "onnx": "encoder.onnx",
 }
 WITH_HEAD = {"published", "dsmil"}
+NAMES = {
+    *FILES.values(),
+    *(f"{name}.json" for name in FILES.values()),
+    *("README.md", "SHA256SUMS", "config.json", "loss.png"),
+    *("encoder.safetensors", "golden.safetensors", "model.safetensors"),
+}
+"""What a bundle may hold: a folder with anything else in it is never replaced."""
 
 
 def write_bundle(
@@ -46,7 +51,7 @@ def write_bundle(
       out: the folder.
       golden: golden.safetensors of the same encoder.
       story: what the card tells of the run.
-      force: replace a folder that is there.
+      force: replace an earlier bundle; one with other files in it is refused all the same.
 
     Returns:
       The files in it.
@@ -60,14 +65,8 @@ def write_bundle(
     if target.is_file():
         raise ExportFileError(f"{target}: is a file, give the name of a folder.")
     head = bool(read_encoder(encoder).provenance["projection_width"])
-    try:
-        with _beside(target) as folder:
-            _fill(folder, encoder, golden, story or {}, head)
-            _replace(folder, target)
-    except OSError as error:
-        raise ExportFileError(
-            f"{target}: cannot be written ({error.strerror}), make room or name another place."
-        ) from error
+    with new_folder(target, NAMES) as folder:
+        _fill(folder, encoder, golden, story or {}, head)
     return sorted(target.iterdir())
 
 
@@ -89,26 +88,6 @@ def _fill(
     write_card(folder, encoder, story, list(folder.iterdir()))
     sums = [f"{file_sha256(f)}  {f.name}\n" for f in sorted(folder.iterdir())]
     (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A folder on the same file system, gone afterwards unless it was renamed."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(folder: Path, target: Path) -> None:
-    """Renames; an earlier folder is moved away first and deleted last."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _has(package: str) -> bool:

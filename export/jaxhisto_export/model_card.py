@@ -31,7 +31,7 @@ net = torchvision.models.{arch}()
 net.fc = torch.nn.Identity()
 net.load_state_dict(torch.load("torchvision.pth", weights_only=True), strict=True)
 net.eval()""",
-    "model.safetensors": """import timm
+    "model.safetensors": """import timm  # 1.0.29 or later
 
 net = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net))""",

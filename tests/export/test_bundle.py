@@ -144,6 +144,10 @@ def test_a_folder_that_is_there_is_replaced_only_by_force(run18: Run, tmp_path: 
     with pytest.raises(ExportFileError, match="exists, pass --force"):
         write_bundle(run18.encoder, out, run18.golden)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    with pytest.raises(ExportFileError, match=r"mine\.txt"):
+        write_bundle(run18.encoder, out, run18.golden, force=True)
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").rename(out / "README.md")
     write_bundle(run18.encoder, out, run18.golden, force=True)
     assert {p.name for p in out.iterdir()} == NAMES
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
