@@ -284,9 +284,8 @@ def test_known_files(tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPat
     assert found.recognised == "torchvision ImageNet resnet10"
     assert found.feeding.mean == (0.485, 0.456, 0.406)
     entry = SimpleNamespace(title="A. et al.", mean=(0.1,) * 3, std=(0.2,) * 3, licence="MIT")
-    sizes = {digest: path.stat().st_size}
-    known = lambda sha, size: entry if sizes.get(sha) == size else None  # noqa: E731
-    monkeypatch.setattr("jaxhisto_export.zoo.known", known)
+    registry = {(digest, path.stat().st_size): entry}
+    monkeypatch.setattr("jaxhisto_export.zoo.known", lambda *asked: registry.get(asked))
     found = read_foreign(path)
     assert found.recognised == "known file: A. et al. (SHA-256 matches)"
     assert found.feeding == foreign.Feeding((0.1,) * 3, (0.2,) * 3, "known file", "MIT")
