@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import loaders
 import pytest
 import torch
 from random_runs import Run, make_run
@@ -41,3 +42,15 @@ def flat(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flat_with_fc(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its file in layout torchvision with the zero 1000-way fc; read only."""
     return run18.export("torchvision", tmp_path_factory.mktemp("fc") / "encoder.pth", fc="zero")
+
+
+@pytest.fixture(scope="session")
+def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A small run, for the many faults."""
+    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
+
+
+@pytest.fixture(scope="session")
+def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every layout of one encoder; read only."""
+    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))

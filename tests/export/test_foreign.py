@@ -32,11 +32,6 @@ def state() -> State:
     return random_resnet("resnet10", seed=5).state_dict()
 
 
-@pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
-
-
 def momentum(state: State) -> State:
     return {k: v + 1 for k, v in state.items()}
 

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from foreign_states import State, assert_same, refusal, saved, under
-from random_runs import Run, make_run, random_resnet, torchvision_resnet
+from random_runs import Run, random_resnet, torchvision_resnet
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import densenet121, resnet, vision_transformer
@@ -26,11 +26,6 @@ from jaxhisto_export.foreign import read_foreign
 def state() -> State:
     """Of a headless resnet10 with random statistics."""
     return random_resnet("resnet10", seed=5).state_dict()
-
-
-@pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
 
 
 def changed(**tensors: Tensor | None) -> Callable[[State], State]:

@@ -13,12 +13,6 @@ LOADERS = loaders.RESTATED | loaders.REAL
 IN_OTHER_FILES = {16, 17, 20, 22}  # test_timm.py, test_onnx.py
 
 
-@pytest.fixture(scope="module")
-def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout of one encoder."""
-    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
-
-
 # A PyTorch that reads safetensors in torch.load is newer than the oldest that is supported.
 TORCH_LOAD_ROWS = {12, 18, 19}
 

@@ -28,18 +28,6 @@ from jaxhisto_export.verify import VerifyResult, verify
 RIGHT = 1e-5  # of the largest feature
 
 
-@pytest.fixture(scope="module")
-def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout of one encoder."""
-    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
-
-
-@pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run."""
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
-
-
 @pytest.fixture
 def good(run10: Run, tmp_path: Path) -> Path:
     """A good file, to be spoilt."""

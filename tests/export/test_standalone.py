@@ -9,7 +9,7 @@ from pathlib import Path
 
 import loaders
 import pytest
-from random_runs import Run, make_run
+from random_runs import Run
 
 from jaxhisto_export.__main__ import main
 
@@ -32,12 +32,6 @@ def _without(names: tuple[str, ...], *arguments: object) -> subprocess.Completed
     # Threads that wait for each other cost more than they bring to networks this small.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-@pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run."""
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
 
 
 def test_neither_jax_nor_jaxhisto_is_imported() -> None:

@@ -25,18 +25,6 @@ from jaxhisto_export.layouts import convert
 from jaxhisto_export.verify import verify
 
 
-@pytest.fixture(scope="module")
-def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout of one encoder."""
-    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
-
-
-@pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run."""
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
-
-
 @pytest.fixture
 def folder(run10: Run, tmp_path: Path) -> Path:
     """A good folder, to be spoilt."""

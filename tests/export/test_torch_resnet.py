@@ -44,12 +44,6 @@ def test_torchvisions_resnet_is_taken_where_it_is(name: str) -> None:
     assert len(network.state_dict()) == len(ARCHITECTURES[name].backbone())
 
 
-@pytest.fixture(scope="module")
-def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout of one encoder."""
-    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
-
-
 @pytest.mark.parametrize("layout", loaders.LAYOUTS)
 def test_features_are_those_of_the_network_exported(layout: str, files: Path, run18: Run) -> None:
     encoder = load_encoder(files / loaders.LAYOUTS[layout])

@@ -30,12 +30,6 @@ GOLDEN = ".golden.safetensors"
 
 
 @pytest.fixture(scope="module")
-def run10(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A small run, for the many faults."""
-    return make_run(tmp_path_factory.mktemp("run10"), "resnet10", seed=7)
-
-
-@pytest.fixture(scope="module")
 def exports(run10: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a good file of each layout."""
     folder = tmp_path_factory.mktemp("exports")
@@ -68,12 +62,6 @@ def _says(result: VerifyResult, text: str) -> bool:
     assert not result.ok
     assert all("\n" not in problem for problem in result.problems)
     return any(text in problem for problem in result.problems)
-
-
-@pytest.fixture(scope="module")
-def files(run18: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every layout of one encoder."""
-    return loaders.write_all(run18, tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.mark.parametrize("layout", loaders.LAYOUTS)
