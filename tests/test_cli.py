@@ -195,7 +195,7 @@ def test_export_refuses_what_is_no_run_and_a_run_without_checkpoint(jaxhisto, tm
     folder = images(tmp_path / "images")
     from jaxhisto.config import DataConfig, ModelConfig, PretrainConfig
     from jaxhisto.data.sources import open_tiles
-    from jaxhisto.pretrain.run import open_run
+    from jaxhisto.pretrain.folder import open_run
 
     config = PretrainConfig(
         out=str(tmp_path / "run"),
