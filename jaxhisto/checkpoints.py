@@ -24,6 +24,10 @@ LOST = {
 }
 """What the storage library says when nothing can be written, in words."""
 
+READ_AT_ONCE = 32 * 2**20
+"""Bytes of a checkpoint that a reader of the weights holds on the way; the largest tensor of a
+ResNet101, its projection's, has 17 MB."""
+
 
 class Checkpoints:
     """The checkpoints under RUN/checkpoints: plain nested dicts, no framework objects."""
@@ -117,7 +121,11 @@ def open_checkpoints(run: str | Path, keep: int, *, write: bool = True) -> Itera
 
 def _weights_alone() -> ocp.Context:
     loading = ocp.options.PyTreeOptions.Loading(partial_load=True)
-    return ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading))
+    # All tensors at once would need their encoded bytes beside them, half of the weights again.
+    memory = ocp.options.MemoryOptions(read_concurrent_bytes=READ_AT_ONCE)
+    return ocp.Context(
+        pytree_options=ocp.options.PyTreeOptions(loading=loading), memory_options=memory
+    )
 
 
 def _as_dict(state: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxhisto import cli, torch_files, weights
-from jaxhisto.config import ModelConfig, PretrainConfig
+from jaxhisto.config import ModelConfig, PretrainConfig, to_json
 from jaxhisto.models import simclr
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import read_metrics
@@ -285,3 +288,55 @@ def test_features_of_real_tiles_are_pytorchs(arch, shared_data, tmp_path):
     assert errors[0] <= max(1e-5, 1.2 * errors[1])
     # Features that hardly differ between tiles would prove nothing.
     assert truth.std(0).mean() > 0.1 * np.abs(truth).mean()
+
+
+MEASURE = """
+import sys, threading
+import optax, torch
+from orbax.checkpoint import v1
+import jaxhisto.pretrain.encoder, jaxhisto.torch_files, jaxhisto_export.layouts
+from jaxhisto.config import ExportConfig
+
+def private():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global most
+    while not done.wait(0.002):
+        most = max(most, private())
+
+done, most, before = threading.Event(), 0, private()
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
+jaxhisto.torch_files.export_encoder(ExportConfig(run=sys.argv[1], out=sys.argv[2]))
+done.set()
+watcher.join()
+print(most - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_resnet101_run_is_exported_in_less_than_twice_its_weights(tmp_path):
+    """Memory of the process beyond its imports; mapped files are the page cache's."""
+    from jaxhisto.checkpoints import open_checkpoints
+    from jaxhisto.distributed import make_mesh
+    from jaxhisto.pretrain.step import init_state
+
+    model = ModelConfig(name="resnet101")
+    config = PretrainConfig(out=str(tmp_path), model=model, tile_px=64)
+    with open_checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save_async(1, init_state(config, 1, 1.0, make_mesh(1)), {})
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "data.json").write_text('{"hash": "none", "mpp_range": null}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    command = [sys.executable, "-c", MEASURE, tmp_path, tmp_path / "out.ckpt"]
+    started = time.monotonic()
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    seconds = time.monotonic() - started
+    size = (tmp_path / "encoder.safetensors").stat().st_size
+    times = int(ended.stdout.splitlines()[-1]) / size
+    print(f"{times:.2f} x the weights of {size / 2**20:.0f} MB, {seconds:.0f} s with the imports")
+    assert times < 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from jaxhisto.checkpoints import open_checkpoints
 from jaxhisto.config import ModelConfig, PretrainConfig, from_json
 from jaxhisto.distributed import make_mesh
 from jaxhisto.errors import ExportError
-from jaxhisto.golden import golden_tiles
+from jaxhisto.golden import COUNT, golden_tiles
 from jaxhisto.models import simclr
 from jaxhisto.pretrain.step import make_embed
 
 Tree = dict[str, Any]
+Embed = Callable[[Tree, Tree, jax.Array], jax.Array]
 
 
 def write_encoder(
@@ -47,6 +49,11 @@ def write_encoder(
       ExportError: no run folder, or no checkpoint in it.
     """
     run = Path(run)
+    check_run(run)
+    config = from_json(PretrainConfig, (run / "config.json").read_text())
+    # Compiled before the weights are read: the compiler's memory and theirs are not held at once.
+    embed = compiled_embed(config.model, config.tile_px)
+    give_back_memory()
     config, data, state = newest(run)
     give_back_memory()
     params, stats = state["params"], state["batch_stats"]
@@ -61,8 +68,9 @@ def write_encoder(
     )
     encoder, goldens = run / "encoder.safetensors", run / "golden.safetensors"
     digest = weights.write_encoder(encoder, params, stats, metadata)
-    write_golden(goldens, config.model, config.tile_px, params, stats, digest)
-    del state, params, stats
+    del params["projection"]  # on disk now, and no part of the features
+    write_golden(goldens, config.model, config.tile_px, params, stats, digest, embed)
+    del state, params, stats, embed
     give_back_memory()
     return encoder, goldens
 
@@ -78,8 +86,23 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def compiled_embed(model: ModelConfig, tile_px: int) -> Embed:
+    """The encoder in evaluation mode, compiled for the golden tiles before there are weights."""
+    _, params, stats = simclr.structure(model.name, model.projection)
+    shapes = {"encoder": params["encoder"]}, {"encoder": stats["encoder"]}
+    images = jax.ShapeDtypeStruct((COUNT, tile_px, tile_px, 3), jnp.float32)
+    with jax.default_matmul_precision("float32"):
+        return make_embed(model).lower(*shapes, images).compile()
+
+
 def write_golden(
-    path: Path, model: ModelConfig, tile_px: int, params: Tree, batch_stats: Tree, digest: str
+    path: Path,
+    model: ModelConfig,
+    tile_px: int,
+    params: Tree,
+    batch_stats: Tree,
+    digest: str,
+    embed: Embed | None = None,
 ) -> None:
     """Writes eight synthetic tiles and the features that this encoder gives them.
 
@@ -89,12 +112,23 @@ def write_golden(
       tile_px: side of the tiles.
       params, batch_stats: the weights; the projection may be absent.
       digest: SHA-256 of the encoder file with these weights.
+      embed: of `compiled_embed`; compiled here where absent.
     """
+    embed = compiled_embed(model, tile_px) if embed is None else embed
     tiles = golden_tiles(tile_px)
     images = jnp.asarray(tiles, jnp.float32) / 255
-    with jax.default_matmul_precision("float32"):
-        features = make_embed(model)(params, batch_stats, images)
+    trees = {"encoder": params["encoder"]}, {"encoder": batch_stats["encoder"]}
+    features = embed(*trees, images)
     weights.write_golden(path, tiles, np.asarray(features), digest)
+
+
+def check_run(run: Path) -> None:
+    """Refuses what is no run folder."""
+    if not (run / "config.json").is_file() or not (run / "data.json").is_file():
+        raise ExportError(
+            f"{run}: no run folder (config.json is missing); name one that "
+            "`jaxhisto pretrain --out` wrote."
+        )
 
 
 def newest(run: Path) -> tuple[PretrainConfig, Tree, Tree]:
@@ -103,11 +137,7 @@ def newest(run: Path) -> tuple[PretrainConfig, Tree, Tree]:
     Raises:
       ExportError: no run folder, or no checkpoint in it.
     """
-    if not (run / "config.json").is_file() or not (run / "data.json").is_file():
-        raise ExportError(
-            f"{run}: no run folder (config.json is missing); name one that "
-            "`jaxhisto pretrain --out` wrote."
-        )
+    check_run(run)
     config = from_json(PretrainConfig, (run / "config.json").read_text())
     data = json.loads((run / "data.json").read_text())
     none_yet = ExportError(
