@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from jaxhisto import cli, torch_files, weights
 from jaxhisto.config import ModelConfig, PretrainConfig, to_json
 from jaxhisto.models import simclr
+from jaxhisto.models.resnet import BOTTLENECK
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import read_metrics
 
@@ -236,18 +237,20 @@ def test_pretraining_starts_from_an_imported_encoder(jaxhisto, foreign, tmp_path
     assert torch.equal(weight, theirs["layer1.0.conv1.weight"])
 
 
-def used_to(arch: str, tiles: np.ndarray) -> dict[str, np.ndarray]:
+def used_to(arch: str, tiles: np.ndarray, branch: tuple[float, float]) -> dict[str, np.ndarray]:
     """torchvision's initial weights with the running statistics that these tiles give.
 
     With other statistics the features are the last BatchNorms' biases, whatever the tile.
+    `branch` is the range of the last BatchNorm's scales in each block, `bn2` or `bn3`.
     """
+    last = "bn3" if arch in BOTTLENECK else "bn2"
     torch.manual_seed(0)
     network = getattr(torchvision.models, arch)(weights=None)
     network.fc = torch.nn.Identity()
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None  # the plain mean
-            torch.nn.init.uniform_(module.weight, 0.2, 0.6)
+            torch.nn.init.uniform_(module.weight, *(branch if name.endswith(last) else (0.2, 0.6)))
             torch.nn.init.normal_(module.bias, 0.0, 0.1)
     x = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
@@ -256,12 +259,15 @@ def used_to(arch: str, tiles: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("branch", [(0.0, 0.2), (0.2, 0.6)], ids=["small", "large"])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_features_of_real_tiles_are_pytorchs(arch, shared_data, tmp_path):
+def test_features_of_real_tiles_are_pytorchs(arch, branch, shared_data, tmp_path):
     """64 tiles of two sets, through the exported file: 1e-5 of the largest feature.
 
-    The truth is PyTorch in float64. Where PyTorch's own float32 is farther from it than that,
-    as it is for the deeper networks with random weights, ours may be as far and no farther.
+    Small residual branches are what training keeps (zero-gamma starts them at 0): there 1e-5
+    holds against PyTorch's float32 and its float64. Large ones on random weights amplify the
+    last bit from block to block, in PyTorch as here (4e-5 in a ResNet101): there ours may be as
+    far from float64 as PyTorch's float32 is.
     """
     from jaxhisto.pretrain.step import make_embed
     from jaxhisto_export import convert, load_encoder
@@ -274,7 +280,7 @@ def test_features_of_real_tiles_are_pytorchs(arch, shared_data, tmp_path):
     encoder, config = tmp_path / "encoder.safetensors", PretrainConfig(out="run")
     config = replace(config, model=ModelConfig(name=arch))
     stated = weights.describe(config, step=0, data_hash="none") | {"projection_width": "0"}
-    weights.write_tensors(encoder, used_to(arch, tiles), stated)
+    weights.write_tensors(encoder, used_to(arch, tiles, branch), stated)
     convert(encoder, "torchvision", tmp_path / "encoder.pth")
     network = load_encoder(tmp_path / "encoder.pth")
     x = network.preprocess(torch.from_numpy(tiles))
@@ -283,9 +289,15 @@ def test_features_of_real_tiles_are_pytorchs(arch, shared_data, tmp_path):
         truth = network.double()(x.double()).numpy()
     params, stats, _ = weights.read_encoder(encoder)
     ours = np.asarray(make_embed(config.model)(params, stats, tiles.astype(np.float32) / 255))
-    errors = [np.abs(f - truth).max() / np.abs(truth).max() for f in (ours, theirs)]
-    print(f"{arch}: ours {errors[0]:.1e}, PyTorch's float32 {errors[1]:.1e} from float64")
-    assert errors[0] <= max(1e-5, 1.2 * errors[1])
+    largest = np.abs(truth).max()
+    errors = [np.abs(f - truth).max() / largest for f in (ours, theirs)]
+    between = np.abs(ours - theirs).max() / largest
+    print(
+        f"{arch} {branch}: ours {errors[0]:.1e}, PyTorch's float32 {errors[1]:.1e} from float64, "
+        f"{between:.1e} between them"
+    )
+    assert errors[0] <= (1e-5 if branch == (0.0, 0.2) else max(1e-5, 1.2 * errors[1]))
+    assert between <= (1e-5 if branch == (0.0, 0.2) else max(1e-5, 2.2 * errors[1]))
     # Features that hardly differ between tiles would prove nothing.
     assert truth.std(0).mean() > 0.1 * np.abs(truth).mean()
 

@@ -92,7 +92,7 @@ def compiled_embed(model: ModelConfig, tile_px: int) -> Embed:
     shapes = {"encoder": params["encoder"]}, {"encoder": stats["encoder"]}
     images = jax.ShapeDtypeStruct((COUNT, tile_px, tile_px, 3), jnp.float32)
     with jax.default_matmul_precision("float32"):
-        return make_embed(model).lower(*shapes, images).compile()
+        return jax.jit(make_embed(model)).lower(*shapes, images).compile()
 
 
 def write_golden(
