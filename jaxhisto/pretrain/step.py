@@ -134,7 +134,8 @@ def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
         # nothing; concatenating the views on the batch axis would.
         images = normalise(views.reshape(2 * n, *image), config.model)
         z, stats = simclr.project(graphdef, params, batch_stats, images, train=True)
-        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature)
+        columns = config.memory.columns(config.batch_size)
+        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature, columns)
         return loss, (metrics, stats)
 
     def loss_and_grads(
