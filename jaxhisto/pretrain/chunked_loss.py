@@ -67,7 +67,7 @@ def _forward(unit: jax.Array, temperature: float, chunk: int) -> tuple[tuple, tu
     pairs = (everyone.sum(0) ** 2).sum() - (everyone * everyone).sum() - rows.positive.sum()
     metrics = {
         "pos_sim": rows.positive.mean(),
-        "neg_sim": pairs / max(n * (n - 2), 1),
+        "neg_sim": pairs / max(float(n * (n - 2)), 1.0),  # no int32 at N = 65,536
         "accuracy": (rows.top <= rows.positive).astype(jnp.float32).mean(),
     }
     return (loss, metrics), (unit, own, everyone, rows)

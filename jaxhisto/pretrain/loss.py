@@ -41,7 +41,7 @@ def nt_xent(z: jax.Array, temperature: float, chunk: int = 0) -> tuple[jax.Array
     negatives = jnp.where(is_self | is_positive, 0.0, similarity).sum()
     metrics = {
         "pos_sim": positive.mean(),
-        "neg_sim": negatives / max(n * (n - 2), 1),
+        "neg_sim": negatives / max(float(n * (n - 2)), 1.0),  # no int32 at N = 65,536
         "accuracy": (others.max(1) <= positive).astype(jnp.float32).mean(),
     }
     return loss, jax.tree.map(jax.lax.stop_gradient, metrics)

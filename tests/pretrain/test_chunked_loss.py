@@ -159,10 +159,21 @@ def test_what_is_not_finite_stays_so() -> None:
     assert np.isnan(run(z, 0.1, 5, 4)[0])
 
 
-def test_two_views_of_one_image_are_a_batch() -> None:
-    loss, gradient, metrics = run(make_z(2)[:1], 0.1, 1, 1)
+@pytest.mark.parametrize("temperature", [0.1, 0.001])
+def test_two_opposite_views_of_one_image_are_a_batch(temperature: float) -> None:
+    v = make_z(2)[:1, :1]
+    loss, gradient, metrics = run(np.concatenate([v, -v], axis=1), temperature, 1, 1)
     assert (loss, metrics["accuracy"]) == (0.0, 1.0)
-    np.testing.assert_allclose(gradient, 0, atol=1e-6)  # what float32 rounds off 1 / tau
+    assert metrics["pos_sim"] == pytest.approx(-1.0)
+    # What float32 rounds off a cosine over tau, where 2 p - 2 is 0.
+    np.testing.assert_allclose(gradient, 0, atol=1e-7 / temperature)
+
+
+@pytest.mark.parametrize("chunk", [DENSE, 1024])
+def test_65536_images_are_traced(chunk: int) -> None:
+    z = jax.ShapeDtypeStruct((65536, 2, 128), jnp.float32)  # 2N (2N - 2) is beyond int32
+    loss, metrics = jax.eval_shape(partial(nt_xent, temperature=0.1, chunk=chunk), z)
+    assert loss.shape == metrics["neg_sim"].shape == ()
 
 
 def test_needs_no_mesh_and_no_jit() -> None:
