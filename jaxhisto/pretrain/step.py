@@ -1,8 +1,8 @@
 """One optimizer step of SimCLR as a pure function of state and batch.
 
 The mesh is explicit and 1-D: the batch is sharded over `data`, the state lies on every device.
-All communication is BatchNorm's statistics, the all-gather of the projections in the loss, and
-the sum of the gradients.
+All communication is BatchNorm's statistics, the all-gather of the projections in the loss (and of
+three numbers a view where it is chunked), and the sum of the gradients.
 """
 
 from __future__ import annotations
