@@ -153,6 +153,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What a step holds at a time; none of it changes what is computed, but for rounding."""
+
+    loss: Literal["auto", "dense", "chunked"] = field(default="auto", metadata=OPERATIONAL)
+    """NT-Xent's similarities: `dense`, all (2N)^2 on each device; `chunked`, the device's own
+    rows by `loss_chunk` columns; `auto`, dense up to N = 1024."""
+    loss_chunk: int = within(1024, 1, MANY, operational=True)
+    """Columns (views) that the chunked loss takes at a time. Ours."""
+
+    def columns(self, batch_size: int) -> int:
+        """Columns that the loss takes at a time at a global batch of N images; 0: dense.
+
+        Of N alone, never of the devices: the same loss on any number of them. Dense takes
+        48 N^2 bytes on each device (benchmarks/loss_memory.py: three float32 matrices): 50 MB
+        at 1024, little beside the activations of as many images, 206 GB at 65,536.
+        """
+        chunked = self.loss == "chunked" or (self.loss == "auto" and batch_size > 1024)
+        return self.loss_chunk if chunked else 0
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Train an encoder on tiles without labels (SimCLR)."""
 
@@ -174,6 +195,7 @@ class PretrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     init: str = ""
     """Start from this encoder instead of random weights: a run folder, an encoder.safetensors
     (`jaxhisto import` writes one of other people's files), or a name of `jaxhisto zoo list`."""

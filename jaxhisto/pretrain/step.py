@@ -1,8 +1,8 @@
 """One optimizer step of SimCLR as a pure function of state and batch.
 
 The mesh is explicit and 1-D: the batch is sharded over `data`, the state lies on every device.
-All communication is BatchNorm's statistics, the all-gather of the projections in the loss, and
-the sum of the gradients.
+All communication is BatchNorm's statistics, the all-gather of the projections in the loss (and of
+three numbers a view where it is chunked), and the sum of the gradients.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
         # nothing; concatenating the views on the batch axis would.
         images = normalise(views.reshape(2 * n, *image), config.model)
         z, stats = simclr.project(graphdef, params, batch_stats, images, train=True)
-        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature)
+        columns = config.memory.columns(config.batch_size)
+        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature, columns)
         return loss, (metrics, stats)
 
     def loss_and_grads(

@@ -125,10 +125,10 @@ def test_devices_do_not_change_the_training(on_one: Step, on_four: Step) -> None
 def test_that_comparison_sees_negatives_of_the_own_device_only(
     on_one: Step, batch: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_own_device(z: jax.Array, temperature: float) -> tuple[jax.Array, dict]:
+    def of_own_device(z: jax.Array, temperature: float, chunk: int) -> tuple[jax.Array, dict]:
         z = jax.reshard(z, P())
         shards = z.reshape(jax.sharding.get_abstract_mesh().size, -1, *z.shape[1:])
-        losses, metrics = jax.vmap(lambda z: nt_xent(z, temperature))(shards)
+        losses, metrics = jax.vmap(lambda z: nt_xent(z, temperature, chunk))(shards)
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
     monkeypatch.setattr(step_module, "nt_xent", of_own_device)
