@@ -127,6 +127,9 @@ class ModelConfig:
     """Mean that is subtracted from RGB in 0..1 (published weights: 0.5)."""
     std: tuple[float, float, float] = within((0.5, 0.5, 0.5), 1e-3, 10)
     """Standard deviation that RGB in 0..1 is divided by (published weights: 0.5)."""
+    bn_group: int = within(0, 0, MANY)
+    """BatchNorm over groups of so many consecutive images of the global batch, both views of
+    each; 0: over the whole batch. The groups are the same on any number of devices. Ours."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """How a batch fits into a device's memory; what is learnt is the same."""
+
+    remat: Literal["none", "block"] = field(default="none", metadata=OPERATIONAL)
+    """`block`: keep the inputs of the residual blocks alone and compute what lies inside again
+    for the gradient."""
+    accumulate: int = within(1, 1, MANY, operational=True)
+    """Micro-batches in which a batch passes through the network, one after the other; the loss
+    has all negatives. Needs `--model.bn-group`, so that BatchNorm is the same in one or many."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Train an encoder on tiles without labels (SimCLR)."""
 
@@ -174,6 +189,7 @@ class PretrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     init: str = ""
     """Start from this encoder instead of random weights: a run folder, an encoder.safetensors
     (`jaxhisto import` writes one of other people's files), or a name of `jaxhisto zoo list`."""
