@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 STATISTICS = "batchnorm_statistics"
-"""Name of a batch's means and variances, for a policy of `jax.checkpoint` that keeps them."""
+"""Name of a batch's means, of x and of its square, for a policy of `jax.checkpoint` that keeps them."""
 
 
 class BatchNorm(nnx.Module):
@@ -62,10 +62,9 @@ class BatchNorm(nnx.Module):
             )
         x32 = x.astype(jnp.float32)
         axes = (0, 1, 2)
-        mean = x32.mean(axes)
+        mean, square = checkpoint_name((x32.mean(axes), (x32 * x32).mean(axes)), STATISTICS)
         # E[x^2] - E[x]^2 reads x once; rounding may take a constant channel below 0.
-        var = jnp.maximum((x32 * x32).mean(axes) - mean * mean, 0.0)
-        mean, var = checkpoint_name((mean, var), STATISTICS)
+        var = jnp.maximum(square - mean * mean, 0.0)
         self._record(mean, var, x.size // x.shape[-1])
         return mean, var
 
@@ -78,9 +77,9 @@ class BatchNorm(nnx.Module):
         count = self.group * height * width
         sums = jnp.stack([x32.sum((1, 2)), (x32 * x32).sum((1, 2))], 1)
         moments = _sum_groups(sums.reshape(n, 2 * channels), self.group) / count
+        moments = checkpoint_name(moments, STATISTICS)
         mean, square = moments[:, :channels], moments[:, channels:]
         var = jnp.maximum(square - mean * mean, 0.0)
-        mean, var = checkpoint_name((mean, var), STATISTICS)
         self._record(mean.mean(0), var.mean(0), count)
         gain = self.scale[...][None] * jax.lax.rsqrt(var + self.EPSILON)
         offset = self.bias[...][None] - mean * gain

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxhisto.models.batchnorm import STATISTICS, BatchNorm
+from jaxhisto.models.pooling import max_pool
 
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "resnet10": (1, 1, 1, 1),
@@ -228,11 +229,6 @@ class ResNet(nnx.Module):
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, train=train)
         return x.astype(jnp.float32).mean((1, 2))
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum at stride 2 with one pixel of padding on each side, as torchvision's stem."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def build_resnet(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_text import collectives
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.config import MemoryConfig, ModelConfig, OptimConfig, PretrainConfig, identity
@@ -178,35 +178,6 @@ def test_views_do_not_depend_on_micro_batches(batch: Any) -> None:
         found = jax.jit(views_in_parts)(tiles, sizes, row_numbers(sizes))
     assert np.asarray(whole).std() > 0.1
     np.testing.assert_array_equal(found, whole)
-
-
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-
-
-def collectives(text: str) -> list[tuple[str, int, bool]]:
-    """(operation, bytes, inside a loop) of every exchange in a compiled program."""
-    bodies: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        name = head.group(1) if head else name
-        bodies.setdefault(name, []).append(line)
-    called = {
-        name: set(re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", "\n".join(lines)))
-        for name, lines in bodies.items()
-    }
-    inside = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", text))
-    while more := {c for name in inside for c in called.get(name, ())} - inside:
-        inside |= more
-    found = []
-    for name, lines in bodies.items():
-        for line in lines:
-            match = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-            if match:
-                shapes = re.findall(r"\b[fsu]32\[([\d,]*)\]", match.group(1))
-                size = sum(4 * int(np.prod([int(d) for d in s.split(",") if d])) for s in shapes)
-                found.append((match.group(2), size, name in inside))
-    return found
 
 
 @pytest.fixture(scope="module")
