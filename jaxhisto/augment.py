@@ -72,6 +72,7 @@ def two_views(
     side: int,
     config: AugmentConfig,
     dtype: DTypeLike = jnp.float32,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """Two random views of each tile.
 
@@ -82,11 +83,13 @@ def two_views(
       side: of a view, px.
       config: strengths and probabilities.
       dtype: of the views.
+      rows: (N,) int32, the numbers r of these tiles; none: 0 to N - 1, a whole batch.
 
     Returns:
       (N, 2, side, side, 3), RGB in 0..1, sharded as `tiles`.
     """
-    return apply_views(draw_views(key, sizes, config), tiles, side, config, dtype)
+    params = draw_views(key, sizes, config, rows=rows)
+    return apply_views(params, tiles, side, config, dtype)
 
 
 def apply_views(

@@ -127,6 +127,9 @@ class ModelConfig:
     """Mean that is subtracted from RGB in 0..1 (published weights: 0.5)."""
     std: tuple[float, float, float] = within((0.5, 0.5, 0.5), 1e-3, 10)
     """Standard deviation that RGB in 0..1 is divided by (published weights: 0.5)."""
+    bn_group: int = within(0, 0, MANY)
+    """BatchNorm over groups of so many consecutive images of the global batch, both views of
+    each; 0: over the whole batch. The groups are the same on any number of devices. Ours."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What a step holds at a time; none of it changes what is computed, but for rounding."""
+    """What a step holds at a time; what is learnt is the same, but for rounding."""
 
     loss: Literal["auto", "dense", "chunked"] = field(default="auto", metadata=OPERATIONAL)
     """NT-Xent's similarities: `dense`, all (2N)^2 on each device; `chunked`, the device's own
     rows by `loss_chunk` columns; `auto`, dense up to N = 1024."""
     loss_chunk: int = within(1024, 1, MANY, operational=True)
     """Columns (views) that the chunked loss takes at a time. Ours."""
+    remat: Literal["none", "block"] = field(default="none", metadata=OPERATIONAL)
+    """`block`: keep the inputs of the residual blocks alone and compute what lies inside again
+    for the gradient."""
+    accumulate: int = within(1, 1, MANY, operational=True)
+    """Micro-batches in which a batch passes through the network, one after the other; the loss
+    has all negatives. Needs `--model.bn-group`, so that BatchNorm is the same in one or many."""
 
     def columns(self, batch_size: int) -> int:
         """Columns that the loss takes at a time at a global batch of N images; 0: dense.

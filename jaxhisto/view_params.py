@@ -43,11 +43,19 @@ class ViewParams(NamedTuple):
 
 
 def draw_views(
-    key: jax.Array, sizes: jax.Array, config: AugmentConfig, views: int = 2
+    key: jax.Array,
+    sizes: jax.Array,
+    config: AugmentConfig,
+    views: int = 2,
+    rows: jax.Array | None = None,
 ) -> ViewParams:
-    """Parameters of `views` views of each row of `sizes` (N, 2)."""
-    # Adding a row of `sizes` gives the indices its sharding; `split(key, N)` would not have it.
-    rows = jnp.arange(sizes.shape[0], dtype=jnp.int32) + jnp.zeros_like(sizes[:, 0])
+    """Parameters of `views` views of each row of `sizes` (N, 2).
+
+    `rows` (N,) int32 are their numbers in the global batch, where these are only some of it.
+    """
+    if rows is None:
+        # Adding a row of `sizes` gives the indices its sharding; `split(key, N)` would not.
+        rows = jnp.arange(sizes.shape[0], dtype=jnp.int32) + jnp.zeros_like(sizes[:, 0])
 
     def one(row: jax.Array, size: jax.Array, view: jax.Array) -> ViewParams:
         return draw_view(jax.random.fold_in(jax.random.fold_in(key, row), view), size, config)

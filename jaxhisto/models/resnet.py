@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxhisto.models.batchnorm import STATISTICS, BatchNorm
+from jaxhisto.models.pooling import max_pool
+
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "resnet10": (1, 1, 1, 1),
     "resnet18": (2, 2, 2, 2),
@@ -108,48 +111,12 @@ def _by_patches(
     return jnp.einsum("nhwc,cd->nhwd", jnp.concatenate(patches, -1), flat, precision=precision)
 
 
-class BatchNorm(nnx.Module):
-    """BatchNorm with PyTorch's running statistics, in float32 over the global batch.
-
-    Flax keeps the biased variance as running variance, PyTorch the unbiased one (n/(n-1)).
-    """
-
-    MOMENTUM = 0.9  # PyTorch calls it 0.1
-    EPSILON = 1e-5
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.mean = nnx.BatchStat(jnp.zeros((width,), jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((width,), jnp.float32))
-
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """(N, H, W, C), normalised by the batch (and recorded) or by the running statistics."""
-        mean, var = self._from_batch(x) if train else (self.mean[...], self.var[...])
-        gain = self.scale[...] * jax.lax.rsqrt(var + self.EPSILON)
-        offset = self.bias[...] - mean * gain
-        y = x.astype(jnp.float32) * gain[None, None, None] + offset[None, None, None]
-        return y.astype(x.dtype)
-
-    def _from_batch(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x32 = x.astype(jnp.float32)
-        axes = (0, 1, 2)
-        mean = x32.mean(axes)
-        # E[x^2] - E[x]^2 reads x once; rounding may take a constant channel below 0.
-        var = jnp.maximum((x32 * x32).mean(axes) - mean * mean, 0.0)
-        count = x.size // x.shape[-1]
-        unbiased = var * (count / max(count - 1, 1))
-        for running, new in ((self.mean, mean), (self.var, unbiased)):
-            blended = self.MOMENTUM * running[...] + (1 - self.MOMENTUM) * new
-            running[...] = jax.lax.stop_gradient(blended)
-        return mean, var
-
-
 class Shortcut(Numbered):
     """1x1 convolution and BatchNorm, where a block changes the shape."""
 
-    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
-        super().__init__({0: Conv(width_in, width, 1, stride, dtype), 1: BatchNorm(width)})
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike, group: int):
+        norm = BatchNorm(width, group)
+        super().__init__({0: Conv(width_in, width, 1, stride, dtype), 1: norm})
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         conv, norm = self.in_order()
@@ -161,13 +128,13 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike, group: int):
         self.conv1 = Conv(width_in, width, 3, stride, dtype)
-        self.bn1 = BatchNorm(width)
+        self.bn1 = BatchNorm(width, group)
         self.conv2 = Conv(width, width, 3, 1, dtype)
-        self.bn2 = BatchNorm(width)
+        self.bn2 = BatchNorm(width, group)
         changes = stride != 1 or width_in != width
-        self.downsample = Shortcut(width_in, width, stride, dtype) if changes else None
+        self.downsample = Shortcut(width_in, width, stride, dtype, group) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -180,15 +147,15 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike):
+    def __init__(self, width_in: int, width: int, stride: int, dtype: DTypeLike, group: int):
         self.conv1 = Conv(width_in, width, 1, 1, dtype)
-        self.bn1 = BatchNorm(width)
+        self.bn1 = BatchNorm(width, group)
         self.conv2 = Conv(width, width, 3, stride, dtype)
-        self.bn2 = BatchNorm(width)
+        self.bn2 = BatchNorm(width, group)
         self.conv3 = Conv(width, width * 4, 1, 1, dtype)
-        self.bn3 = BatchNorm(width * 4)
+        self.bn3 = BatchNorm(width * 4, group)
         changes = stride != 1 or width_in != width * 4
-        self.downsample = Shortcut(width_in, width * 4, stride, dtype) if changes else None
+        self.downsample = Shortcut(width_in, width * 4, stride, dtype, group) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
@@ -197,25 +164,63 @@ class Bottleneck(nnx.Module):
         return nnx.relu(y + (self.downsample(x, train=train) if self.downsample else x))
 
 
+class Stage(Numbered):
+    """`count` residual blocks, the first of which strides and widens."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        count: int,
+        width_in: int,
+        width: int,
+        stride: int,
+        dtype: DTypeLike,
+        group: int,
+        remat: bool,
+    ):
+        self.remat = remat
+        first = {0: block(width_in, width, stride, dtype, group)}
+        grown = width * block.expansion
+        rest = {i: block(grown, width, 1, dtype, group) for i in range(1, count)}
+        super().__init__(first | rest)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """(N, H, W, C) to (N, H/stride, W/stride, width * expansion)."""
+        if not (train and self.remat):
+            return super().__call__(x, train=train)
+        # BatchNorm's statistics are kept too: they are small, and to compute them anew would send
+        # them between devices anew. What it records, it records once, in the forward pass.
+        keep = jax.checkpoint_policies.save_only_these_names(STATISTICS)
+        run = nnx.remat(lambda block, x: block(x, train=True), policy=keep)
+        for block in self.in_order():
+            x = run(block, x)
+        return x
+
+
 class ResNet(nnx.Module):
     """The encoder: normalised RGB to pooled features.
 
     Args:
       name: a key of BLOCKS.
       dtype: of the convolutions; parameters and BatchNorm stay float32.
+      group: rows that BatchNorm normalises together; 0: all.
+      remat: in training, keep the input of each block alone and compute the rest again.
     """
 
-    def __init__(self, name: str, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, name: str, dtype: DTypeLike = jnp.float32, group: int = 0, remat: bool = False
+    ):
         block = Bottleneck if name in BOTTLENECK else BasicBlock
         self.dtype = dtype
         self.conv1 = Conv(3, 64, 7, 2, dtype)
-        self.bn1 = BatchNorm(64)
+        self.bn1 = BatchNorm(64, group)
         counts = BLOCKS[name]
         grown = 64 * block.expansion
-        self.layer1 = _stage(block, counts[0], 64, 64, 1, dtype)
-        self.layer2 = _stage(block, counts[1], grown, 128, 2, dtype)
-        self.layer3 = _stage(block, counts[2], 2 * grown, 256, 2, dtype)
-        self.layer4 = _stage(block, counts[3], 4 * grown, 512, 2, dtype)
+        settings = (dtype, group, remat)
+        self.layer1 = Stage(block, counts[0], 64, 64, 1, *settings)
+        self.layer2 = Stage(block, counts[1], grown, 128, 2, *settings)
+        self.layer3 = Stage(block, counts[2], 2 * grown, 256, 2, *settings)
+        self.layer4 = Stage(block, counts[3], 4 * grown, 512, 2, *settings)
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, d) float32 features (average over the map)."""
@@ -226,25 +231,8 @@ class ResNet(nnx.Module):
         return x.astype(jnp.float32).mean((1, 2))
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 maximum at stride 2 with one pixel of padding on each side, as torchvision's stem."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-
-def build_resnet(name: str, dtype: DTypeLike = jnp.float32) -> ResNet:
+def build_resnet(
+    name: str, dtype: DTypeLike = jnp.float32, group: int = 0, remat: bool = False
+) -> ResNet:
     """An encoder without weights; `name` is one of `resnet10, 18, 34, 50, 101`."""
-    return ResNet(name, dtype)
-
-
-def _stage(
-    block: type[BasicBlock] | type[Bottleneck],
-    count: int,
-    width_in: int,
-    width: int,
-    stride: int,
-    dtype: DTypeLike,
-) -> Numbered:
-    """`count` blocks, the first of which strides and widens."""
-    first = {0: block(width_in, width, stride, dtype)}
-    grown = width * block.expansion
-    return Numbered(first | {i: block(grown, width, 1, dtype) for i in range(1, count)})
+    return ResNet(name, dtype, group, remat)

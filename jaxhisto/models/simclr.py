@@ -18,13 +18,22 @@ from jaxhisto.models.resnet import Numbered, build_resnet, feature_width
 
 Tree = dict[str, Any]
 
+VIEWS = 2  # rows that an image has in a batch, next to each other
+
 
 class SimCLR(nnx.Module):
     """Encoder, and the head whose output the loss compares."""
 
-    def __init__(self, name: str, projection: int, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        name: str,
+        projection: int,
+        dtype: DTypeLike = jnp.float32,
+        group: int = 0,
+        remat: bool = False,
+    ):
         width = feature_width(name)
-        self.encoder = build_resnet(name, dtype)
+        self.encoder = build_resnet(name, dtype, group, remat)
         # 1 and 3, as in the published checkpoints: fc.0 and fc.2 have no parameters.
         self.projection = Numbered({1: _linear(width, width), 3: _linear(width, projection)})
 
@@ -34,16 +43,23 @@ class SimCLR(nnx.Module):
         return out(nnx.relu(hidden(self.encoder(x, train=train))))
 
 
-def build_simclr(name: str, projection: int, dtype: DTypeLike = jnp.float32) -> SimCLR:
-    """A SimCLR model without weights; `dtype` is that of the convolutions."""
-    return SimCLR(name, projection, dtype)
-
-
 def structure(
-    name: str, projection: int = 128, dtype: DTypeLike = jnp.float32
+    name: str,
+    projection: int = 128,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    bn_group: int = 0,
+    remat: bool = False,
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """The static part of the model and the shapes of (params, batch_stats), without memory."""
-    model = nnx.eval_shape(lambda: build_simclr(name, projection, dtype))
+    """The static part of the model and the shapes of (params, batch_stats), without memory.
+
+    Args:
+      name, projection: architecture and width of z.
+      dtype: of the convolutions.
+      bn_group: consecutive images whose views BatchNorm normalises together; 0: all.
+      remat: keep the inputs of the residual blocks alone and compute the rest again.
+    """
+    model = nnx.eval_shape(lambda: SimCLR(name, projection, dtype, VIEWS * bn_group, remat))
     graphdef, *trees = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, stats = trees
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

@@ -22,11 +22,12 @@ from jaxhisto.augment import two_views
 from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.models import simclr
 from jaxhisto.optim import build_optimizer
+from jaxhisto.pretrain.accumulate import Embed, LossAndGrads, in_micro_batches
 from jaxhisto.pretrain.loss import nt_xent
+from jaxhisto.pretrain.plan import check_groups
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
-LossAndGrads = Callable[[Tree, Tree, jax.Array], tuple[jax.Array, Metrics, Tree, Tree]]
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
@@ -92,31 +93,56 @@ def make_train_step(
       all gradients), `state_norm` (over the new parameters and BatchNorm statistics),
       `pos_sim`, `neg_sim`, `accuracy`.
     """
-    loss_and_grads = make_loss_and_grads(config)
+    loss_and_grads = of_tiles(config)
     update = make_update(config, steps, steps_per_epoch)
 
     def step(state: TrainState, tiles: jax.Array, sizes: jax.Array) -> tuple[TrainState, Metrics]:
-        views = augmented(config, state.step, tiles, sizes)
-        loss, metrics, stats, grads = loss_and_grads(state.params, state.batch_stats, views)
+        rows = (tiles, sizes, row_numbers(sizes))
+        fixed = (state.batch_stats, state.step)
+        loss, metrics, stats, grads = loss_and_grads(state.params, fixed, rows)
         new, of_update = update(replace(state, batch_stats=stats), grads)
         return new, {"loss": loss} | of_update | metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(config))
+
+
+def compiler_options(config: PretrainConfig) -> dict[str, str]:
+    """What XLA has to be told, so that what is to be computed again is not kept after all.
+
+    Its CPU compiler drops the barriers between a value and its recomputation, and then merges
+    the two as the same expression; on an accelerator it keeps them.
+    """
+    keep = config.memory.remat == "block" and jax.default_backend() == "cpu"
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if keep else {}
 
 
 def augmented(
-    config: PretrainConfig, step: jax.Array, tiles: jax.Array, sizes: jax.Array
+    config: PretrainConfig,
+    step: jax.Array,
+    tiles: jax.Array,
+    sizes: jax.Array,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
-    """(N, 2, S, S, 3) float32 views in 0..1 of a batch of tiles: f(seed, step, row)."""
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    """(N, 2, S, S, 3) float32 views in 0..1 of a batch of tiles: f(seed, step, row).
 
+    `rows` (N,) int32 are the tiles' numbers in the global batch; none: 0 to N - 1.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    rows = row_numbers(sizes) if rows is None else rows
+
+    def views(key: jax.Array, tiles: jax.Array, sizes: jax.Array, rows: jax.Array) -> jax.Array:
+        return two_views(key, tiles, sizes, config.tile_px, config.augment, rows=rows)
+
+    if jax.sharding.get_abstract_mesh().manual_axes:  # one device's rows: nothing to place
+        return views(key, tiles, sizes, rows)
     # The compiler may place what lies inside: each row is its own, so nothing has to move, and
     # the augmentation need not say where each of its reshapes lies.
-    @jax.sharding.auto_axes
-    def views(key: jax.Array, tiles: jax.Array, sizes: jax.Array) -> jax.Array:
-        return two_views(key, tiles, sizes, config.tile_px, config.augment)
+    return jax.sharding.auto_axes(views)(key, tiles, sizes, rows, out_sharding=P("data"))
 
-    return views(key, tiles, sizes, out_sharding=P("data"))
+
+def row_numbers(sizes: jax.Array) -> jax.Array:
+    """(N,) int32, 0 to N - 1, sharded as `sizes` (N, 2)."""
+    return jnp.arange(sizes.shape[0], dtype=jnp.int32) + jnp.zeros_like(sizes[:, 0])
 
 
 def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
@@ -124,25 +150,73 @@ def make_loss_and_grads(config: PretrainConfig) -> LossAndGrads:
 
     `views` are (N, 2, S, S, 3) in 0..1; `grads` has the shape of `params`.
     """
+    return differentiated(config, make_project(config))
+
+
+def of_tiles(config: PretrainConfig) -> LossAndGrads:
+    """As `make_loss_and_grads`, from tiles, whose views are made where they are needed.
+
+    Returns:
+      (params, (batch_stats, step), (tiles (N, H, W, 3) uint8, sizes (N, 2) int32, row numbers
+      (N,) int32)) -> (loss, metrics, batch_stats, grads).
+    """
+    project = make_project(config)
+
+    def embed(params: Tree, fixed: tuple[Tree, jax.Array], rows: Any) -> tuple[jax.Array, Tree]:
+        batch_stats, step = fixed
+        return project(params, batch_stats, augmented(config, step, *rows))
+
+    return differentiated(config, embed)
+
+
+def make_project(config: PretrainConfig) -> Embed:
+    """(params, batch_stats, views (n, 2, S, S, 3)) -> (z (n, 2, D), batch_stats), to train."""
     graphdef, _, _ = simclr.structure(
-        config.model.name, config.model.projection, DTYPES[config.precision]
+        config.model.name,
+        config.model.projection,
+        DTYPES[config.precision],
+        bn_group=config.model.bn_group,
+        remat=config.memory.remat == "block",
     )
 
-    def loss_of(params: Tree, batch_stats: Tree, views: jax.Array) -> tuple[jax.Array, Any]:
+    def project(params: Tree, batch_stats: Tree, views: jax.Array) -> tuple[jax.Array, Tree]:
         n, _, *image = views.shape
         # Both views are one batch to BatchNorm. Merging axis 1 into the sharded axis 0 moves
         # nothing; concatenating the views on the batch axis would.
         images = normalise(views.reshape(2 * n, *image), config.model)
         z, stats = simclr.project(graphdef, params, batch_stats, images, train=True)
-        columns = config.memory.columns(config.batch_size)
-        loss, metrics = nt_xent(z.reshape(n, 2, -1), config.optim.temperature, columns)
+        return z.reshape(n, 2, -1), stats
+
+    return project
+
+
+def differentiated(config: PretrainConfig, embed: Embed) -> LossAndGrads:
+    """The loss of what `embed` gives, and its gradient: at once, or in micro-batches.
+
+    Returns:
+      (params, fixed, rows) -> (loss, metrics, batch_stats, grads); `embed` takes the same.
+
+    Raises:
+      RunError: when traced, micro-batches that the batch or BatchNorm do not allow.
+    """
+
+    def contrast(z: jax.Array) -> tuple[jax.Array, Metrics]:
+        return nt_xent(z, config.optim.temperature, config.memory.columns(config.batch_size))
+
+    def loss_of(params: Tree, fixed: Any, rows: Any) -> tuple[jax.Array, Any]:
+        z, stats = embed(params, fixed, rows)
+        loss, metrics = contrast(z)
         return loss, (metrics, stats)
 
     def loss_and_grads(
-        params: Tree, batch_stats: Tree, views: jax.Array
+        params: Tree, fixed: Any, rows: Any
     ) -> tuple[jax.Array, Metrics, Tree, Tree]:
+        parts = config.memory.accumulate
+        if parts > 1:
+            check_groups(config, jax.sharding.get_abstract_mesh().size)
+            return in_micro_batches(embed, contrast, parts)(params, fixed, rows)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (metrics, stats)), grads = value_and_grad(params, batch_stats, views)
+        (loss, (metrics, stats)), grads = value_and_grad(params, fixed, rows)
         return loss, metrics, stats, grads
 
     return loss_and_grads
