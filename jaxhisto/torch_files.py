@@ -1,4 +1,4 @@
-"""Where the two packages meet: encoders to PyTorch files, foreign files to encoders.
+"""Where the two packages meet: encoders and UNets to PyTorch files, and foreign files to those.
 
 The only module of `jaxhisto` that imports `jaxhisto_export`, inside its functions, since torch
 is an extra.
@@ -20,9 +20,11 @@ from jaxhisto.errors import ConfigError, ExportError
 if TYPE_CHECKING:
     from jaxhisto_export.foreign import Imported
 
+UNET = "unet.safetensors"
+
 
 def export_encoder(config: ExportConfig) -> Path:
-    """Writes an encoder in a layout, or all of them as a bundle; golden features go along.
+    """Writes an encoder or a UNet in a layout, or an encoder's bundle; golden tiles go along.
 
     Returns:
       The file or folder to verify.
@@ -43,8 +45,10 @@ def export_encoder(config: ExportConfig) -> Path:
         for path in write_bundle(encoder, config.bundle, golden, story, force=config.force):
             print(f"wrote {path}")
         return Path(config.bundle)
-    from jaxhisto_export.layouts import convert
+    from jaxhisto_export.layouts import convert, read_encoder
 
+    if config.card:  # before anything is written: no UNet has one
+        read_encoder(encoder)
     written = convert(
         encoder,
         config.layout,
@@ -69,14 +73,16 @@ def encoder_files(
     """encoder.safetensors and golden.safetensors of a run, an imported encoder or a zoo name.
 
     Args:
-      name: a run folder, a folder that `jaxhisto import` wrote, an encoder.safetensors, or a
-        name of the zoo, which is downloaded and imported into the cache.
+      name: a run folder, a folder that `jaxhisto import` wrote, an encoder.safetensors or
+        unet.safetensors, or a name of the zoo, which is downloaded and imported into the cache.
       licence, stains: of a run, written into its encoder.safetensors.
 
     Raises:
       ExportError, ExportFileError: none of these, or a run without a checkpoint.
     """
     path = Path(name)
+    if path.is_dir() and not (path / "data.json").is_file() and not _encoder_in(path).is_file():
+        path = path / UNET if (path / UNET).is_file() else path
     if path.is_dir() and ((path / "data.json").is_file() or not _encoder_in(path).is_file()):
         from jaxhisto.pretrain.encoder import write_encoder
 
@@ -190,7 +196,7 @@ def run_story(run: Path) -> dict[str, Any]:
 
 
 def golden_beside(encoder: Path) -> Path:
-    """golden.safetensors of an encoder.safetensors; NAME.golden.safetensors of another name."""
+    """golden.safetensors of an encoder.safetensors, else NAME.golden.safetensors, of UNets too."""
     if encoder.name == "encoder.safetensors":
         return encoder.with_name("golden.safetensors")
     return encoder.with_name(encoder.name + ".golden.safetensors")
