@@ -224,14 +224,19 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Read another project's ResNet file as an encoder; its pickle is never executed."""
+    """Read another project's ResNet or Unet as one of ours; its pickle is never executed."""
 
     file: str = field(metadata=POSITIONAL)
     """A .pth, .pt, .ckpt, .safetensors or ONNX file, a timm folder, or a name of
     `jaxhisto zoo list`."""
     out: str
-    """Folder for encoder.safetensors and golden.safetensors, or a name ending in
-    .safetensors."""
+    """Folder for encoder.safetensors and golden.safetensors, or for unet.safetensors and
+    unet.safetensors.golden.safetensors; or a name ending in .safetensors."""
+    part: Literal["", "encoder", "unet"] = ""
+    """Of a file with a whole Unet of segmentation_models_pytorch: take that, which is the
+    default, or its `encoder` alone."""
+    class_names: tuple[str, ...] = ()
+    """Names of a Unet's classes, in order, where the file does not say."""
     arch: Literal["", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = ""
     """The architecture you expect; another one in the file is then refused."""
     mean: tuple[float, float, float] | None = within(None, -10, 10)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxhisto import weights
+from jaxhisto import unet_weights, weights
 from jaxhisto.config import ExportConfig, ImportConfig, ModelConfig, ZooConfig
 from jaxhisto.errors import ConfigError, ExportError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxhisto_export.foreign import Imported
 
 UNET = "unet.safetensors"
+Three = tuple[float, float, float]
 
 
 def export_encoder(config: ExportConfig) -> Path:
@@ -104,41 +105,61 @@ def encoder_files(
 
 
 def import_file(config: ImportConfig) -> Path:
-    """Writes another project's file as encoder.safetensors and golden.safetensors.
+    """Writes another project's file as encoder.safetensors or unet.safetensors, with golden tiles.
 
     Returns:
-      The encoder.safetensors.
+      The encoder.safetensors or unet.safetensors.
 
     Raises:
-      ExportError, ExportFileError: a file that is no ResNet of ours, one of which nothing says
-        how it wants to be fed, or something there already.
+      ExportError, ExportFileError: a file that is no ResNet or UNet of ours, one of which nothing
+        says how it wants to be fed, or something there already.
     """
-    from jaxhisto.pretrain.encoder import write_golden
     from jaxhisto_export.foreign import read_foreign
     from jaxhisto_export.zoo import locate
 
-    encoder = Path(config.out)
-    if encoder.suffix != ".safetensors":
-        encoder = _encoder_in(encoder)
-    golden = golden_beside(encoder)
-    for path in (encoder, golden):
+    found = read_foreign(locate(config.file), config.arch or None, config.part)
+    weights_file = Path(config.out)
+    if weights_file.suffix != ".safetensors":
+        weights_file = weights_file / UNET if found.classes else _encoder_in(weights_file)
+    golden = golden_beside(weights_file)
+    for path in (weights_file, golden):
         if path.exists() and not config.force:
             raise ExportError(f"{path}: exists; pass --force to replace it, or another --out.")
-    found = read_foreign(locate(config.file), config.arch or None)
     print(f"{found.path}: {found.architecture.name}, {found.recognised}")
     for note in found.notes:
         print(f"note: {note}")
+    if config.class_names and not found.classes:
+        raise ConfigError(f"--class-names: {found.path} gives an encoder, which has no classes.")
     mean, std = _feeding(config, found)
+    write = _write_unet if found.classes else _write_encoder
+    write(config, found, mean, std, weights_file, golden)
+    print(f"wrote {weights_file}\nwrote {golden}")
+    return weights_file
+
+
+def _write_encoder(
+    config: ImportConfig, found: Imported, mean: Three, std: Three, encoder: Path, golden: Path
+) -> None:
+    from jaxhisto.pretrain.encoder import write_golden
+
+    arch = found.architecture.name
     metadata = _metadata(config, found, mean, std)
+    params, stats = weights.from_torch(found.tensors, arch, str(found.path), found.projection)
     encoder.parent.mkdir(parents=True, exist_ok=True)
-    params, stats = weights.from_torch(
-        found.tensors, found.architecture.name, str(found.path), found.projection
-    )
     digest = weights.write_tensors(encoder, found.tensors, metadata)
-    model = ModelConfig(found.architecture.name, mean=mean, std=std)  # type: ignore[arg-type]
+    model = ModelConfig(arch, mean=mean, std=std)  # type: ignore[arg-type]
     write_golden(golden, model, int(metadata["tile_px"]), params, stats, digest)
-    print(f"wrote {encoder}\nwrote {golden}")
-    return encoder
+
+
+def _write_unet(
+    config: ImportConfig, found: Imported, mean: Three, std: Three, unet: Path, golden: Path
+) -> None:
+    arch = found.architecture.name
+    metadata = _unet_metadata(config, found, mean, std)
+    params, stats = unet_weights.from_torch(found.tensors, arch, str(found.path), found.classes)
+    unet.parent.mkdir(parents=True, exist_ok=True)
+    digest = weights.write_tensors(unet, found.tensors, metadata)
+    unet_weights.write_golden(golden, params, stats, metadata, digest)
 
 
 def verify_file(path: str, against: str = "") -> int:
@@ -223,9 +244,7 @@ def _from_zoo(name: str) -> Path:
     return import_file(ImportConfig(file=str(file), out=str(folder), force=True))
 
 
-def _feeding(
-    config: ImportConfig, found: Imported
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _feeding(config: ImportConfig, found: Imported) -> tuple[Three, Three]:
     """mean and std: as the file says, else as the user says; never a guess."""
     if (config.mean is None) != (config.std is None):
         raise ConfigError("--mean and --std: give both, or none of them.")
@@ -246,7 +265,7 @@ def _feeding(
     return said
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any) -> Three:
     red, green, blue = values
     return float(red), float(green), float(blue)
 
@@ -257,7 +276,7 @@ def _metadata(
     """The metadata of the new encoder: the file's own, where it is one of ours."""
     from jaxhisto_export.provenance import ENCODER_FIELDS, to_strings
 
-    source = {"file": found.path.name, "sha256": found.sha256, "recognised": found.recognised}
+    source = _source(found)
     if ENCODER_FIELDS.keys() <= found.provenance.keys():
         kept = {
             k: found.provenance[k] for k in (*ENCODER_FIELDS, "source") if k in found.provenance
@@ -275,6 +294,37 @@ def _metadata(
         licence=licence,
         source=source,
     )
+
+
+def _unet_metadata(
+    config: ImportConfig, found: Imported, mean: Three, std: Three
+) -> Mapping[str, str]:
+    """The metadata of the new UNet: the file's own, where it is one of ours."""
+    from jaxhisto_export.provenance import UNET_FIELDS, to_strings
+
+    if UNET_FIELDS.keys() <= found.provenance.keys():
+        if config.class_names and list(config.class_names) != found.provenance["class_names"]:
+            raise ExportError(
+                f"{found.path}: says the names of its classes itself, "
+                f"{found.provenance['class_names']}; leave --class-names out."
+            )
+        kept = {k: v for k, v in found.provenance.items() if k in (*UNET_FIELDS, "source")}
+        return to_strings({"source": _source(found)} | kept | {"format": unet_weights.FORMAT})
+    return unet_weights.describe(
+        found.architecture.name,
+        found.classes,
+        config.class_names or None,
+        mean=mean,
+        std=std,
+        tile_px=config.tile_px,
+        mpp_range=config.mpp_range,
+        licence=config.licence or (found.feeding.licence if found.feeding else ""),
+        source=_source(found),
+    )
+
+
+def _source(found: Imported) -> dict[str, str]:
+    return {"file": found.path.name, "sha256": found.sha256, "recognised": found.recognised}
 
 
 def _need_torch() -> None:

@@ -295,9 +295,12 @@ def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
     """
     tensors, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT or metadata.get("arch") not in resnet.BLOCKS:
+        remedy = "write the file with `jaxhisto export`"
+        if metadata.get("architecture") == "unet":
+            remedy = f"`jaxhisto import {path} --part encoder --out DIR` takes the encoder out"
         raise ExportError(
             f"{path}: format {metadata.get('format')!r}, architecture {metadata.get('arch')!r}, "
-            f"where {FORMAT!r} is needed; write the file with `jaxhisto export`."
+            f"where {FORMAT!r} is needed; {remedy}."
         )
     width = metadata.get("projection_width", "")
     projection = int(width) if width.isdecimal() else None

@@ -78,6 +78,7 @@ EXPORT_FIELDS: dict[str, Rule] = ENCODER_FIELDS | {
 UNET_FIELDS: dict[str, Rule] = {
     **{k: v for k, v in ENCODER_FIELDS.items() if k not in ("feature_width", "projection_width")},
     "architecture": (lambda v: v == "unet", "unet"),
+    "tile_px": (lambda v: _is_size(v) and v % 32 == 0, "side of a training tile, n x 32 pixels"),
     "classes": (_is_size, "channels of the logits"),
     "class_names": (
         lambda v: v is None or (isinstance(v, list) and all(isinstance(s, str) for s in v)),
