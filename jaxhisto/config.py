@@ -193,18 +193,18 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all of them."""
+    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all; or a UNet."""
 
     run: str = field(metadata=POSITIONAL)
     """Run folder of `jaxhisto pretrain` (its newest checkpoint is taken), an
-    encoder.safetensors, or a name of `jaxhisto zoo list`."""
+    encoder.safetensors, a unet.safetensors, or a name of `jaxhisto zoo list`."""
     out: str = ""
     """The file to write; of layout timm, the folder."""
     layout: Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"] = "published"
     """`published`: state_dict under model.resnet., head last, as the released weights;
     `torchvision`: flat, for a strict load into a stock ResNet; `dsmil`: flat, head last, for
     loaders by position; `timm`: a folder for timm.create_model; `smp`: the encoder of
-    segmentation_models_pytorch; `onnx`: for onnxruntime."""
+    segmentation_models_pytorch, and of a UNet its whole Unet; `onnx`: for onnxruntime."""
     bundle: str = ""
     """Instead of `out`: a folder to upload, with every layout, model card, golden tiles and
     checksums."""

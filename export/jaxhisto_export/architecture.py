@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 Shapes = dict[str, tuple[int, ...]]
 
+UNET_ENCODER = "encoder."  # of the encoder's keys in smp.Unet
+UNET_HEAD = "segmentation_head.0.weight"
 DECODER_WIDTHS = (256, 128, 64, 32, 16)  # of smp.Unet by default
 COUNT_SUFFIX = ".num_batches_tracked"  # int64 scalars; everything else is float32
 
@@ -59,7 +61,7 @@ class Architecture:
 
     def unet(self, classes: int) -> Shapes:
         """The whole smp.Unet: `encoder.`, `decoder.` and `segmentation_head.`."""
-        shapes: Shapes = {f"encoder.{name}": shape for name, shape in self.backbone().items()}
+        shapes: Shapes = {UNET_ENCODER + name: shape for name, shape in self.backbone().items()}
         inner = [64 * self.expansion << stage for stage in range(4)]
         skips = [*inner[2::-1], 64, 0]
         incoming = inner[3]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from jaxhisto_export.architecture import ARCHITECTURES, COUNT_SUFFIX
+from jaxhisto_export.architecture import (
+    ARCHITECTURES,
+    COUNT_SUFFIX,
+    UNET_ENCODER,
+    UNET_HEAD,
+)
 from jaxhisto_export.foreign_names import Place, listed
 from jaxhisto_export.provenance import ENCODER_FIELDS, Provenance
 
-ENCODER = "encoder."
 FIRST = "decoder.blocks.0.conv1.0.weight"
-HEAD = "segmentation_head.0.weight"
 FORMATS = ("jaxhisto-unet-1", "jaxhisto-smp-unet-1")
 
 
@@ -17,9 +20,9 @@ def unet_around(place: Place) -> Place | None:
 
     Of segmentation_models_pytorch's networks Unet alone has `FIRST`.
     """
-    if place.numbered or not place.prefix.endswith(ENCODER):
+    if place.numbered or not place.prefix.endswith(UNET_ENCODER):
         return None
-    base = place.prefix.removesuffix(ENCODER)
+    base = place.prefix.removesuffix(UNET_ENCODER)
     own = [name for name in place.table.tensors if name.startswith(base)]
     names = {name.removeprefix(base): name for name in own}
     return Place(place.table, base, False, names) if FIRST in names else None
@@ -32,7 +35,7 @@ def check_unet(whole: Place, encoder: Place) -> int:
       ValueError: it is not; a clause that begins with what the file `is`, `has` or `lacks`.
     """
     tensors = whole.tensors
-    head = tensors[HEAD].shape if HEAD in tensors else ()
+    head = tensors[UNET_HEAD].shape if UNET_HEAD in tensors else ()
     needed = encoder.architecture.unet(head[0] if head else 1)
     parts = ("decoder.", "segmentation_head.")
     extra = [n for n in tensors if n.startswith(parts) and n not in needed]

@@ -179,11 +179,10 @@ def _check_name(layout: str, target: Path) -> None:
 def _check_golden(path: Path, field: str, sha256: str) -> None:
     _, metadata = read_safetensors(path)
     if metadata.get(field) != sha256:
-        whose = "features", "encoder"
-        if field == "unet_sha256":
-            whose = "logits", "UNet"
+        unet = field == "unet_sha256"
+        what, whose = ("logits", "UNet") if unet else ("features", "encoder")
         raise ExportFileError(
-            f"{path}: holds the golden {whose[0]} of other weights than the {whose[1]}'s, "
+            f"{path}: holds the golden {what} of other weights than the {whose}'s, "
             "export the run again."
         )
 

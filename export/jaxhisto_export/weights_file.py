@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jaxhisto_export import onnx_graph, timm_folder
-from jaxhisto_export.architecture import COUNT_SUFFIX, Architecture, Shapes, closest
+from jaxhisto_export.architecture import (
+    COUNT_SUFFIX,
+    UNET_ENCODER,
+    UNET_HEAD,
+    Architecture,
+    Shapes,
+    closest,
+)
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.provenance import Provenance, parse
 
@@ -28,8 +35,6 @@ FLAT = ("torchvision", "dsmil", "smp", "smp-unet")  # PyTorch files: the state d
 UNORDERED = ("encoder", "unet", "timm", "onnx")  # formats that keep no order of the tensors
 UNETS = ("unet", "smp-unet")  # with a decoder: unet.safetensors, and what layout smp makes of it
 
-ENCODER = "encoder."  # of the encoder's keys in a UNet
-HEAD = "segmentation_head.0.weight"
 PREFIX = "model.resnet."  # of every key in the published layout
 CLASSES = 1000  # of the zero `fc` that some loaders insist on
 PROJECTION = 128  # width of the head where a file does not say (paper)
@@ -56,7 +61,7 @@ class WeightsFile:
         """Of a UNet, by what the metadata claims, else by the tensors; 0 for an encoder."""
         if self.layout not in UNETS:
             return 0
-        said, head = self.provenance.get("classes"), self.tensors.get(HEAD)
+        said, head = self.provenance.get("classes"), self.tensors.get(UNET_HEAD)
         if isinstance(said, int) and said > 0:
             return said
         return head.shape[0] if head is not None and head.ndim else 1
@@ -78,8 +83,8 @@ class WeightsFile:
     def backbone(self) -> dict[str, Tensor]:
         """The ResNet's tensors under torchvision's names, without any head or decoder."""
         if self.layout in UNETS:
-            own = {k: v for k, v in self.tensors.items() if k.startswith(ENCODER)}
-            return {name.removeprefix(ENCODER): tensor for name, tensor in own.items()}
+            own = {k: v for k, v in self.tensors.items() if k.startswith(UNET_ENCODER)}
+            return {name.removeprefix(UNET_ENCODER): tensor for name, tensor in own.items()}
         plain = {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
         return {k: v for k, v in plain.items() if not k.startswith("fc.")}
 

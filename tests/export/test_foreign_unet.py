@@ -122,7 +122,7 @@ def test_its_encoder_alone(
     assert "classes" not in metadata
     weights.read_encoder(encoder)
     assert main(["verify", str(encoder), "--against", str(imported)]) == 0
-    assert "only one of the files is a UNet" in capsys.readouterr().out
+    assert "only one of the files is a UNet, encoders are compared" in capsys.readouterr().out
 
 
 def test_a_unet_given_for_an_encoder_says_how_to_take_it(imported: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -47,7 +48,7 @@ def torch_unet(arch: str, classes: int = CLASSES) -> torch.nn.Module:
 def randomised(model: torch.nn.Module, bias: float = 0.0) -> torch.nn.Module:
     """BatchNorm random in all it holds, its scales near those of trained networks.
 
-    `bias` is in units of the scale: at 2.5 one ReLU in a hundred is off.
+    `bias` is in units of the scale: at 3 a few ReLUs in a thousand are off.
     """
     torch.manual_seed(1)
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_a_training_step_is_smps(arch: str) -> None:
     ReLU that float32 tips to the other side moves all gradients before it by 3e-3.
     """
     images = smooth(4, 64, 64)
-    model = randomised(torch_unet(arch), bias=2.5)
+    model = randomised(torch_unet(arch), bias=3.0)
     params, stats = trees(model, arch)
     loss32, theirs, _ = torch_step(copy.deepcopy(model), images)
     loss64, truth, buffers = torch_step(model.double(), images)
@@ -165,9 +166,9 @@ def test_a_training_step_is_smps(arch: str) -> None:
 
 
 def mostly_on(path: tuple, leaf: np.ndarray) -> np.ndarray:
-    """BatchNorm's biases at 2.5 of its scale of 1, for the reason above."""
+    """BatchNorm's biases at 3 times its scale of 1, for the reason above."""
     names = [key.key for key in path]
-    return leaf + 2.5 if names[-1] == "bias" and "segmentation_head" not in names else leaf
+    return leaf + 3.0 if names[-1] == "bias" and "segmentation_head" not in names else leaf
 
 
 def test_one_truth_on_one_and_four_devices() -> None:
@@ -181,7 +182,9 @@ def test_one_truth_on_one_and_four_devices() -> None:
             step = loss_and_grads("resnet10")
             arguments = [replicate(params, mesh), replicate(stats, mesh)]
             arguments += [to_global(images, mesh), to_global(masks_of(images), mesh)]
-            (loss, after), grads = step(*arguments)
+            compiled = step.lower(*arguments).compile()
+            assert not re.search("all-to-all|all-gather", compiled.as_text())
+            (loss, after), grads = compiled(*arguments)
             assert all(g.sharding.is_fully_replicated for g in jax.tree.leaves(grads))
             results.append((float(loss), jax.device_get(grads), jax.device_get(after)))
     (loss, grads, after), (loss4, grads4, after4) = results
