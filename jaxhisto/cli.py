@@ -72,7 +72,7 @@ def export(argv: Sequence[str]) -> int:
 
 
 def import_(argv: Sequence[str]) -> int:
-    """another project's ResNet file -> an encoder, its pickle never executed"""
+    """another project's ResNet or Unet file -> one of ours, its pickle never executed"""
     config = parse(ImportConfig, argv, "import")
     from jaxhisto.torch_files import import_file
 

@@ -224,18 +224,18 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all of them."""
+    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all; or a UNet."""
 
     run: str = field(metadata=POSITIONAL)
     """Run folder of `jaxhisto pretrain` (its newest checkpoint is taken), an
-    encoder.safetensors, or a name of `jaxhisto zoo list`."""
+    encoder.safetensors, a unet.safetensors, or a name of `jaxhisto zoo list`."""
     out: str = ""
     """The file to write; of layout timm, the folder."""
     layout: Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"] = "published"
     """`published`: state_dict under model.resnet., head last, as the released weights;
     `torchvision`: flat, for a strict load into a stock ResNet; `dsmil`: flat, head last, for
     loaders by position; `timm`: a folder for timm.create_model; `smp`: the encoder of
-    segmentation_models_pytorch; `onnx`: for onnxruntime."""
+    segmentation_models_pytorch, and of a UNet its whole Unet; `onnx`: for onnxruntime."""
     bundle: str = ""
     """Instead of `out`: a folder to upload, with every layout, model card, golden tiles and
     checksums."""
@@ -255,14 +255,19 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Read another project's ResNet file as an encoder; its pickle is never executed."""
+    """Read another project's ResNet or Unet as one of ours; its pickle is never executed."""
 
     file: str = field(metadata=POSITIONAL)
     """A .pth, .pt, .ckpt, .safetensors or ONNX file, a timm folder, or a name of
     `jaxhisto zoo list`."""
     out: str
-    """Folder for encoder.safetensors and golden.safetensors, or a name ending in
-    .safetensors."""
+    """Folder for encoder.safetensors and golden.safetensors, or for unet.safetensors and
+    unet.safetensors.golden.safetensors; or a name ending in .safetensors."""
+    part: Literal["", "encoder", "unet"] = ""
+    """Of a file with a whole Unet of segmentation_models_pytorch: take that, which is the
+    default, or its `encoder` alone."""
+    class_names: tuple[str, ...] = ()
+    """Names of a Unet's classes, in order, where the file does not say."""
     arch: Literal["", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = ""
     """The architecture you expect; another one in the file is then refused."""
     mean: tuple[float, float, float] | None = within(None, -10, 10)

@@ -1,4 +1,4 @@
-"""Where the two packages meet: encoders to PyTorch files, foreign files to encoders.
+"""Where the two packages meet: encoders and UNets to PyTorch files, and foreign files to those.
 
 The only module of `jaxhisto` that imports `jaxhisto_export`, inside its functions, since torch
 is an extra.
@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxhisto import weights
+from jaxhisto import unet_weights, weights
 from jaxhisto.config import ExportConfig, ImportConfig, ModelConfig, ZooConfig
 from jaxhisto.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from jaxhisto_export.foreign import Imported
 
+UNET = "unet.safetensors"
+Three = tuple[float, float, float]
+
 
 def export_encoder(config: ExportConfig) -> Path:
-    """Writes an encoder in a layout, or all of them as a bundle; golden features go along.
+    """Writes an encoder or a UNet in a layout, or an encoder's bundle; golden tiles go along.
 
     Returns:
       The file or folder to verify.
@@ -43,8 +46,10 @@ def export_encoder(config: ExportConfig) -> Path:
         for path in write_bundle(encoder, config.bundle, golden, story, force=config.force):
             print(f"wrote {path}")
         return Path(config.bundle)
-    from jaxhisto_export.layouts import convert
+    from jaxhisto_export.layouts import convert, read_encoder
 
+    if config.card:  # before anything is written: no UNet has one
+        read_encoder(encoder)
     written = convert(
         encoder,
         config.layout,
@@ -69,14 +74,16 @@ def encoder_files(
     """encoder.safetensors and golden.safetensors of a run, an imported encoder or a zoo name.
 
     Args:
-      name: a run folder, a folder that `jaxhisto import` wrote, an encoder.safetensors, or a
-        name of the zoo, which is downloaded and imported into the cache.
+      name: a run folder, a folder that `jaxhisto import` wrote, an encoder.safetensors or
+        unet.safetensors, or a name of the zoo, which is downloaded and imported into the cache.
       licence, stains: of a run, written into its encoder.safetensors.
 
     Raises:
       ExportError, ExportFileError: none of these, or a run without a checkpoint.
     """
     path = Path(name)
+    if path.is_dir() and not (path / "data.json").is_file() and not _encoder_in(path).is_file():
+        path = path / UNET if (path / UNET).is_file() else path
     if path.is_dir() and ((path / "data.json").is_file() or not _encoder_in(path).is_file()):
         from jaxhisto.pretrain.encoder import write_encoder
 
@@ -98,41 +105,61 @@ def encoder_files(
 
 
 def import_file(config: ImportConfig) -> Path:
-    """Writes another project's file as encoder.safetensors and golden.safetensors.
+    """Writes another project's file as encoder.safetensors or unet.safetensors, with golden tiles.
 
     Returns:
-      The encoder.safetensors.
+      The encoder.safetensors or unet.safetensors.
 
     Raises:
-      ExportError, ExportFileError: a file that is no ResNet of ours, one of which nothing says
-        how it wants to be fed, or something there already.
+      ExportError, ExportFileError: a file that is no ResNet or UNet of ours, one of which nothing
+        says how it wants to be fed, or something there already.
     """
-    from jaxhisto.pretrain.encoder import write_golden
     from jaxhisto_export.foreign import read_foreign
     from jaxhisto_export.zoo import locate
 
-    encoder = Path(config.out)
-    if encoder.suffix != ".safetensors":
-        encoder = _encoder_in(encoder)
-    golden = golden_beside(encoder)
-    for path in (encoder, golden):
+    found = read_foreign(locate(config.file), config.arch or None, config.part)
+    weights_file = Path(config.out)
+    if weights_file.suffix != ".safetensors":
+        weights_file = weights_file / UNET if found.classes else _encoder_in(weights_file)
+    golden = golden_beside(weights_file)
+    for path in (weights_file, golden):
         if path.exists() and not config.force:
             raise ExportError(f"{path}: exists; pass --force to replace it, or another --out.")
-    found = read_foreign(locate(config.file), config.arch or None)
     print(f"{found.path}: {found.architecture.name}, {found.recognised}")
     for note in found.notes:
         print(f"note: {note}")
+    if config.class_names and not found.classes:
+        raise ConfigError(f"--class-names: {found.path} gives an encoder, which has no classes.")
     mean, std = _feeding(config, found)
+    write = _write_unet if found.classes else _write_encoder
+    write(config, found, mean, std, weights_file, golden)
+    print(f"wrote {weights_file}\nwrote {golden}")
+    return weights_file
+
+
+def _write_encoder(
+    config: ImportConfig, found: Imported, mean: Three, std: Three, encoder: Path, golden: Path
+) -> None:
+    from jaxhisto.pretrain.encoder import write_golden
+
+    arch = found.architecture.name
     metadata = _metadata(config, found, mean, std)
+    params, stats = weights.from_torch(found.tensors, arch, str(found.path), found.projection)
     encoder.parent.mkdir(parents=True, exist_ok=True)
-    params, stats = weights.from_torch(
-        found.tensors, found.architecture.name, str(found.path), found.projection
-    )
     digest = weights.write_tensors(encoder, found.tensors, metadata)
-    model = ModelConfig(found.architecture.name, mean=mean, std=std)  # type: ignore[arg-type]
+    model = ModelConfig(arch, mean=mean, std=std)  # type: ignore[arg-type]
     write_golden(golden, model, int(metadata["tile_px"]), params, stats, digest)
-    print(f"wrote {encoder}\nwrote {golden}")
-    return encoder
+
+
+def _write_unet(
+    config: ImportConfig, found: Imported, mean: Three, std: Three, unet: Path, golden: Path
+) -> None:
+    arch = found.architecture.name
+    metadata = _unet_metadata(config, found, mean, std)
+    params, stats = unet_weights.from_torch(found.tensors, arch, str(found.path), found.classes)
+    unet.parent.mkdir(parents=True, exist_ok=True)
+    digest = weights.write_tensors(unet, found.tensors, metadata)
+    unet_weights.write_golden(golden, params, stats, metadata, digest)
 
 
 def verify_file(path: str, against: str = "") -> int:
@@ -190,7 +217,7 @@ def run_story(run: Path) -> dict[str, Any]:
 
 
 def golden_beside(encoder: Path) -> Path:
-    """golden.safetensors of an encoder.safetensors; NAME.golden.safetensors of another name."""
+    """golden.safetensors of an encoder.safetensors, else NAME.golden.safetensors, of UNets too."""
     if encoder.name == "encoder.safetensors":
         return encoder.with_name("golden.safetensors")
     return encoder.with_name(encoder.name + ".golden.safetensors")
@@ -217,9 +244,7 @@ def _from_zoo(name: str) -> Path:
     return import_file(ImportConfig(file=str(file), out=str(folder), force=True))
 
 
-def _feeding(
-    config: ImportConfig, found: Imported
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _feeding(config: ImportConfig, found: Imported) -> tuple[Three, Three]:
     """mean and std: as the file says, else as the user says; never a guess."""
     if (config.mean is None) != (config.std is None):
         raise ConfigError("--mean and --std: give both, or none of them.")
@@ -240,7 +265,7 @@ def _feeding(
     return said
 
 
-def _three(values: Any) -> tuple[float, float, float]:
+def _three(values: Any) -> Three:
     red, green, blue = values
     return float(red), float(green), float(blue)
 
@@ -251,7 +276,7 @@ def _metadata(
     """The metadata of the new encoder: the file's own, where it is one of ours."""
     from jaxhisto_export.provenance import ENCODER_FIELDS, to_strings
 
-    source = {"file": found.path.name, "sha256": found.sha256, "recognised": found.recognised}
+    source = _source(found)
     if ENCODER_FIELDS.keys() <= found.provenance.keys():
         kept = {
             k: found.provenance[k] for k in (*ENCODER_FIELDS, "source") if k in found.provenance
@@ -269,6 +294,37 @@ def _metadata(
         licence=licence,
         source=source,
     )
+
+
+def _unet_metadata(
+    config: ImportConfig, found: Imported, mean: Three, std: Three
+) -> Mapping[str, str]:
+    """The metadata of the new UNet: the file's own, where it is one of ours."""
+    from jaxhisto_export.provenance import UNET_FIELDS, to_strings
+
+    if UNET_FIELDS.keys() <= found.provenance.keys():
+        if config.class_names and list(config.class_names) != found.provenance["class_names"]:
+            raise ExportError(
+                f"{found.path}: says the names of its classes itself, "
+                f"{found.provenance['class_names']}; leave --class-names out."
+            )
+        kept = {k: v for k, v in found.provenance.items() if k in (*UNET_FIELDS, "source")}
+        return to_strings({"source": _source(found)} | kept | {"format": unet_weights.FORMAT})
+    return unet_weights.describe(
+        found.architecture.name,
+        found.classes,
+        config.class_names or None,
+        mean=mean,
+        std=std,
+        tile_px=config.tile_px,
+        mpp_range=config.mpp_range,
+        licence=config.licence or (found.feeding.licence if found.feeding else ""),
+        source=_source(found),
+    )
+
+
+def _source(found: Imported) -> dict[str, str]:
+    return {"file": found.path.name, "sha256": found.sha256, "recognised": found.recognised}
 
 
 def _need_torch() -> None:

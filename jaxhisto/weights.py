@@ -63,18 +63,26 @@ def table(arch: str, projection: int = 128) -> dict[str, Entry]:
     A `projection` of 0 stands for an encoder without a head.
     """
     _, params, stats = simclr.structure(arch, projection or 1)
+    entries = entries_of(params, stats, PREFIX)
+    return {n: e for n, e in entries.items() if projection or e.path[0] != "projection"}
+
+
+def entries_of(params: Tree, batch_stats: Tree, prefix: Mapping[str, str]) -> dict[str, Entry]:
+    """PyTorch name -> our tensor, for trees of shapes; see `torch_name` for `prefix`."""
     return {
-        torch_name(path): Entry(collection, path, tuple(leaf.shape))
-        for collection, tree in (("params", params), ("batch_stats", stats))
+        torch_name(path, prefix): Entry(collection, path, tuple(leaf.shape))
+        for collection, tree in (("params", params), ("batch_stats", batch_stats))
         for path, leaf in _leaves(tree)
-        if projection or path[0] != "projection"
     }
 
 
-def torch_name(path: tuple[str, ...]) -> str:
-    """`("encoder", "layer1", "0", "bn1", "mean")` -> `layer1.0.bn1.running_mean`."""
+def torch_name(path: tuple[str, ...], prefix: Mapping[str, str] = PREFIX) -> str:
+    """`("encoder", "layer1", "0", "bn1", "mean")` -> `layer1.0.bn1.running_mean`.
+
+    `prefix` is what stands in PyTorch for the first part of the path.
+    """
     root, *inner, leaf = path
-    return PREFIX[root] + ".".join([*inner, LEAF[leaf]])
+    return prefix[root] + ".".join([*inner, LEAF[leaf]])
 
 
 def to_torch(params: Tree, batch_stats: Tree, arch: str, steps: int) -> dict[str, Array]:
@@ -91,14 +99,24 @@ def to_torch(params: Tree, batch_stats: Tree, arch: str, steps: int) -> dict[str
     Raises:
       ExportError: every tensor that is missing, left over or of another shape.
     """
+    return named(table(arch, _projection_width(params)), params, batch_stats, arch, steps)
+
+
+def named(
+    entries: Mapping[str, Entry], params: Tree, batch_stats: Tree, what: str, steps: int
+) -> dict[str, Array]:
+    """Our trees under the names of `entries`, with counters; `what` is the network in errors.
+
+    Raises:
+      ExportError: every tensor that is missing, left over or of another shape.
+    """
     ours = {
         (collection, path): np.asarray(leaf, np.float32)
         for collection, tree in (("params", params), ("batch_stats", batch_stats))
         for path, leaf in _leaves(tree)
     }
-    entries = table(arch, _projection_width(params))
     expected = {(e.collection, e.path): e.shape for e in entries.values()}
-    _check("the run's weights", arch, {k: v.shape for k, v in ours.items()}, expected)
+    _check("the run's weights", what, {k: v.shape for k, v in ours.items()}, expected)
     tensors = {
         name: ours[entry.collection, entry.path].transpose(entry.axes)
         for name, entry in entries.items()
@@ -127,10 +145,20 @@ def from_torch(
         head = tensors.get("fc.3.weight")
         has_head = any(name.startswith("fc.") for name in tensors)
         projection = head.shape[0] if head is not None else 128 * has_head
-    entries = table(arch, projection)
+    return trees_of(table(arch, projection), tensors, arch, source)
+
+
+def trees_of(
+    entries: Mapping[str, Entry], tensors: Mapping[str, Array], what: str, source: str
+) -> tuple[Tree, Tree]:
+    """Tensors under the names of `entries` as (params, batch_stats); the inverse of `named`.
+
+    Raises:
+      ExportError: every tensor that is missing, left over or of another shape.
+    """
     expected: dict[str, tuple[int, ...]] = {n: e.torch_shape for n, e in entries.items()}
     expected |= dict.fromkeys(_counters(entries), ())
-    _check(source, arch, {n: t.shape for n, t in tensors.items()}, expected)
+    _check(source, what, {n: t.shape for n, t in tensors.items()}, expected)
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for name, entry in entries.items():
         back = tensors[name].astype(np.float32).transpose(np.argsort(entry.axes))
@@ -267,9 +295,12 @@ def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
     """
     tensors, metadata = tensor_file.read(Path(path))
     if metadata.get("format") != FORMAT or metadata.get("arch") not in resnet.BLOCKS:
+        remedy = "write the file with `jaxhisto export`"
+        if metadata.get("architecture") == "unet":
+            remedy = f"`jaxhisto import {path} --part encoder --out DIR` takes the encoder out"
         raise ExportError(
             f"{path}: format {metadata.get('format')!r}, architecture {metadata.get('arch')!r}, "
-            f"where {FORMAT!r} is needed; write the file with `jaxhisto export`."
+            f"where {FORMAT!r} is needed; {remedy}."
         )
     width = metadata.get("projection_width", "")
     projection = int(width) if width.isdecimal() else None
@@ -323,7 +354,7 @@ def _projection_width(params: Tree) -> int:
 
 def _check(
     source: str,
-    arch: str,
+    what: str,
     found: Mapping[Any, tuple[int, ...]],
     expected: Mapping[Any, tuple[int, ...]],
 ) -> None:
@@ -337,7 +368,7 @@ def _check(
     ]
     if wrong:
         raise ExportError(
-            f"{source}: {len(wrong)} tensors do not fit {arch} ({'; '.join(wrong)}); "
+            f"{source}: {len(wrong)} tensors do not fit {what} ({'; '.join(wrong)}); "
             "name the architecture the weights were made with."
         )
 

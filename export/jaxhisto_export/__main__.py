@@ -36,11 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("file", type=Path, metavar="FILE", help="or the folder of layout timm")
     verify.add_argument("--against", type=Path, metavar="FILE", help="holds the same weights?")
     verify.set_defaults(run=_verify)
-    convert = verbs.add_parser("convert", help="encoder.safetensors -> a PyTorch file")
-    convert.add_argument("encoder", type=Path, metavar="ENCODER.safetensors")
+    convert = verbs.add_parser("convert", help="encoder or UNet -> a PyTorch file")
+    convert.add_argument(
+        "encoder", type=Path, metavar="FILE", help="encoder.safetensors or unet.safetensors"
+    )
     convert.add_argument("--layout", choices=LAYOUTS, default="published")
     convert.add_argument("--out", type=Path, required=True, help="file, or folder of layout timm")
-    convert.add_argument("--golden", type=Path, help="default: golden.safetensors beside ENCODER")
+    convert.add_argument("--golden", type=Path, help="default: what lies beside FILE")
     convert.add_argument("--fc", choices=("none", "zero"), default="none", help="torchvision")
     convert.add_argument("--normalise", action="store_true", help="onnx: take uint8 RGB tiles")
     convert.add_argument("--force", action="store_true", help="replace OUT")
@@ -61,11 +63,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from jaxhisto_export.layouts import convert
+    from jaxhisto_export.weights_file import read_weights
 
     golden = arguments.golden
-    beside = arguments.encoder.with_name("golden.safetensors")
-    if golden is None and beside.is_file():
-        golden = beside
+    if golden is None:
+        beside = read_weights(arguments.encoder).golden_path
+        golden = beside if beside.is_file() else None
     out, options = arguments.out, {"force": arguments.force, "normalise": arguments.normalise}
     for path in convert(arguments.encoder, arguments.layout, out, golden, arguments.fc, **options):
         print(f"wrote {path}")

@@ -1,7 +1,7 @@
-"""Names and shapes of torchvision's ResNets, in the order of their state dict.
+"""Names and shapes of torchvision's ResNets and smp's UNets, in the order of their state dicts.
 
-Written from the architecture, so that neither torchvision nor torch is needed; the tests
-compare with torchvision itself.
+Written from the architecture, so that neither torchvision, segmentation_models_pytorch (smp) nor
+torch is needed; the tests compare with the packages themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 Shapes = dict[str, tuple[int, ...]]
 
+UNET_ENCODER = "encoder."  # of the encoder's keys in smp.Unet
+UNET_HEAD = "segmentation_head.0.weight"
+DECODER_WIDTHS = (256, 128, 64, 32, 16)  # of smp.Unet by default
 COUNT_SUFFIX = ".num_batches_tracked"  # int64 scalars; everything else is float32
 
 
@@ -55,6 +58,21 @@ class Architecture:
             "fc.3.weight": (projection, width),
             "fc.3.bias": (projection,),
         }
+
+    def unet(self, classes: int) -> Shapes:
+        """The whole smp.Unet: `encoder.`, `decoder.` and `segmentation_head.`."""
+        shapes: Shapes = {UNET_ENCODER + name: shape for name, shape in self.backbone().items()}
+        inner = [64 * self.expansion << stage for stage in range(4)]
+        skips = [*inner[2::-1], 64, 0]
+        incoming = inner[3]
+        for number, (skip, width) in enumerate(zip(skips, DECODER_WIDTHS, strict=True)):
+            for conv, width_in in (("conv1", incoming + skip), ("conv2", width)):
+                prefix = f"decoder.blocks.{number}.{conv}"
+                shapes[f"{prefix}.0.weight"] = (width, width_in, 3, 3)
+                shapes |= _norm(f"{prefix}.1", width)
+            incoming = width
+        head = "segmentation_head.0"
+        return shapes | {f"{head}.weight": (classes, incoming, 3, 3), f"{head}.bias": (classes,)}
 
     def _block(self, prefix: str, incoming: int, inner: int) -> Shapes:
         if self.bottleneck:

@@ -1,4 +1,4 @@
-"""Read an encoder that somebody else trained, in whatever file and wrapping it comes.
+"""Read an encoder, or a UNet, that somebody else trained, in whatever file and wrapping.
 
 By content, not by suffix: PyTorch checkpoints (without torch, and without running their
 pickle), safetensors, a folder as timm writes it, and ONNX files of this project. Every tensor
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,9 +29,10 @@ from jaxhisto_export.foreign_names import (
     left_out,
     tables,
 )
+from jaxhisto_export.foreign_unet import FORMATS, check_unet, encoder_of, unet_around
 from jaxhisto_export.lazy_tensors import Array, LazyTensor
 from jaxhisto_export.pickles import Stub, shown
-from jaxhisto_export.provenance import ENCODER_FIELDS, Provenance, problems
+from jaxhisto_export.provenance import ENCODER_FIELDS, UNET_FIELDS, Provenance, problems
 
 __all__ = [
     "KNOWN_PREFIXES",
@@ -58,6 +59,8 @@ TORCHVISION_FILES = {
 }
 """How the SHA-256 of torchvision's ImageNet files begins, as their own names say."""
 
+Part = Literal["", "encoder", "unet"]
+
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
 
@@ -79,13 +82,15 @@ class Feeding:
 
 @dataclass(frozen=True)
 class Imported:
-    """A ResNet taken out of a file.
+    """A ResNet, or a UNet around one, taken out of a file.
 
     Attributes:
       path: the file; of a folder, the one in it that holds the weights.
       tensors: torchvision's names in torchvision's order, float32 and int64 counters, then
-        the head if there is one; views of the file where nothing had to be converted.
+        the head if there is one; of a UNet smp's names in smp's order. Views of the file where
+        nothing had to be converted.
       projection: width of the projection, 0 without head.
+      classes: of a UNet, 0 for an encoder.
       recognised: what kind of file it is, for a person.
       feeding: None where nothing says it.
       provenance: what a file of this project says about itself, else empty.
@@ -102,19 +107,23 @@ class Imported:
     provenance: Provenance
     notes: tuple[str, ...]
     sha256: str
+    classes: int = 0
 
 
-def read_foreign(path: Path, arch: str | None = None) -> Imported:
-    """Takes the ResNet out of a file or a folder.
+def read_foreign(path: Path, arch: str | None = None, part: Part = "encoder") -> Imported:
+    """Takes the ResNet out of a file or a folder, or the UNet of which it is the encoder.
 
     Args:
       path: .pth, .pt, .ckpt, .tar, .bin, .safetensors or .onnx, told apart by content, or a
         folder with model.safetensors and config.json.
       arch: what the user takes it for; None takes what is found.
+      part: `encoder`; `unet`, the whole smp.Unet with its default decoder (another interpolation
+        or activation shows in no tensor); `` (empty), the UNet where there is one.
 
     Raises:
       ExportFileError: no such file, damaged, of a kind that is not read, no ResNet of ours or
-        another than `arch`, incomplete, not finite, or contradicting its own metadata.
+        another than `arch`, no UNet or another one where that is asked for, incomplete, not
+        finite, or contradicting its own metadata.
     """
     if arch is not None and arch not in ARCHITECTURES:
         raise ExportFileError(
@@ -122,13 +131,13 @@ def read_foreign(path: Path, arch: str | None = None) -> Imported:
         )
     source = read_content(Path(path))
     try:
-        return _take(source, arch)
+        return _take(source, arch, part)
     except ValueError as error:  # a clause of ours
         remedy = "give a ResNet v1 with torchvision's names, or export it again"
         raise ExportFileError(f"{source.path}: {error}, {remedy}.") from error
 
 
-def _take(source: Content, arch: str | None) -> Imported:
+def _take(source: Content, arch: str | None, part: Part) -> Imported:
     found = _tables_of(source)
     place = choose(found)
     check(place)
@@ -136,6 +145,14 @@ def _take(source: Content, arch: str | None) -> Imported:
     if arch not in (None, architecture.name):
         raise ExportFileError(
             f"{source.path}: is a {architecture.name}, not the {arch} asked for, ask for that."
+        )
+    whole = None if part == "encoder" else unet_around(place)
+    if whole is not None:
+        return _take_unet(source, found, place, whole)
+    if part == "unet":
+        raise ExportFileError(
+            f"{source.path}: holds no Unet of segmentation_models_pytorch around its "
+            f"{architecture.name}, import it without --part unet."
         )
     provenance = _checked_provenance(source.provenance, architecture)
     head = _head(place, strict=bool(provenance) or place.prefix == PUBLISHED_PREFIX)
@@ -157,6 +174,37 @@ def _take(source: Content, arch: str | None) -> Imported:
     )
 
 
+def _take_unet(source: Content, found: list[Table], place: Place, whole: Place) -> Imported:
+    try:
+        classes = check_unet(whole, place)
+    except ValueError as error:
+        raise ExportFileError(
+            f"{source.path}: {error}, import its encoder with --part encoder."
+        ) from error
+    ours = source.provenance
+    _checked_provenance(ours, place.architecture)
+    if ours.get("classes", classes) != classes:
+        raise ValueError(f"says that it has {ours['classes']} classes, and has {classes}")
+    wanted = list(place.architecture.unet(classes))
+    notes = left_out(found, whole, {name for name in wanted if name in whole.names})
+    tensors, converted = _converted(whole, wanted)
+    digest = _sha256(source.path)
+    feeding, known = _feeding(source, place, ours, digest, head=False)
+    kind = f"file of this project ({ours['format']})" if ours else source.kind
+    return Imported(
+        path=source.path,
+        architecture=place.architecture,
+        tensors=tensors,
+        projection=0,
+        recognised=known or f"{kind}, Unet of segmentation_models_pytorch, {classes} classes",
+        feeding=feeding,
+        provenance=ours,
+        notes=tuple(notes + converted),
+        sha256=digest,
+        classes=classes,
+    )
+
+
 def _tables_of(source: Content) -> list[Table]:
     """Every dict with tensors; an error where there is none, naming what there is instead."""
     content, found = source.content, tables(source.content)
@@ -175,14 +223,15 @@ def _tables_of(source: Content) -> list[Table]:
 
 
 def _checked_provenance(provenance: Provenance, architecture: Architecture) -> Provenance:
-    wrong = problems(provenance, ENCODER_FIELDS) if provenance else []
+    unet = provenance.get("format") in FORMATS
+    wrong = problems(provenance, UNET_FIELDS if unet else ENCODER_FIELDS) if provenance else []
     if wrong:
         raise ValueError(f"has wrong {shown(wrong[0])}")
     if provenance and provenance["arch"] != architecture.name:
         raise ValueError(
             f"says that it is a {provenance['arch']}, and its tensors are a {architecture.name}"
         )
-    return provenance
+    return encoder_of(provenance) if unet else provenance
 
 
 def _recognised(source: Content, place: Place, provenance: Provenance, head: bool) -> str:

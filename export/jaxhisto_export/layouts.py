@@ -1,10 +1,11 @@
-"""encoder.safetensors -> a file or folder in a layout that public code loads.
+"""encoder.safetensors or unet.safetensors -> a file or folder that public code loads.
 
 published     {"state_dict": ..., provenance}: keys under `model.resnet.`, head last; the
               layout of ozanciga/self-supervised-histopathology's native file.
 torchvision   flat, without a head or with a zero 1000-way `fc`.
 dsmil         flat, in torchvision's order, head last: for loaders that go by position.
-smp           flat, without a head, for the encoders of segmentation_models_pytorch.
+smp           flat, without a head, for the encoders of segmentation_models_pytorch; of a UNet
+              the whole state dict of its Unet.
 timm          a folder: model.safetensors and config.json.
 onnx          a graph with the weights in it.
 
@@ -32,7 +33,8 @@ from jaxhisto_export.files import (
     replace_files,
     write_file,
 )
-from jaxhisto_export.provenance import ENCODER_FIELDS, Provenance, problems
+from jaxhisto_export.provenance import Provenance, problems, rules_of
+from jaxhisto_export.torch_unet import SMP_ENCODERS
 from jaxhisto_export.weights_file import (
     CLASSES,
     FLAT,
@@ -68,10 +70,11 @@ def convert(
     """Writes one layout, whole or not at all.
 
     Args:
-      encoder_path: encoder.safetensors of a run or an import.
-      layout: see the module; `published` and `dsmil` need a projection in the encoder.
+      encoder_path: encoder.safetensors or unet.safetensors of a run or an import.
+      layout: see the module; `published` and `dsmil` need a projection in the encoder, and a
+        UNet has `smp` alone.
       out: the file to write, or the folder of layout timm.
-      golden: golden.safetensors of the same encoder, copied to OUT.golden.safetensors, or into
+      golden: golden tiles of the same file, copied to OUT.golden.safetensors, or into
         the folder; `verify` misses it where it is not given.
       fc: of layout torchvision: `none`, or `zero` for loaders that insist on a 1000-way fc.
       force: replace OUT and what lies beside it under its name. A folder is replaced as a whole,
@@ -82,24 +85,26 @@ def convert(
       The files written, the one with the weights first.
 
     Raises:
-      ExportFileError: an encoder that is damaged or incomplete, golden features of other
-        weights, an unknown layout, an OUT that exists or cannot be written.
+      ExportFileError: weights that are damaged or incomplete, golden tiles of other weights, a
+        layout that is unknown or not for a UNet, an OUT that exists or cannot be written.
     """
     encoder, target = Path(encoder_path), Path(out)
     _check_request(layout, target, fc, normalise)
     beside = [] if layout == "timm" else [sidecar_beside(target), golden_beside(target)]
     refuse_existing([target, *beside], force)
-    file = read_encoder(encoder)
-    provenance = {**file.provenance, "encoder_sha256": file_sha256(encoder)}
+    file = _read_complete(encoder)
+    if file.layout == "unet":
+        _check_unet(file, layout)
+    provenance = {**file.provenance, file.own_sha256: file_sha256(encoder)}
     if layout in WITH_HEAD and not provenance["projection_width"]:
         raise ExportFileError(
             f"{encoder}: has no projection, which layout {layout} needs; take layout torchvision."
         )
     if golden is not None:
-        _check_golden(Path(golden), provenance["encoder_sha256"])
+        _check_golden(Path(golden), file.own_sha256, provenance[file.own_sha256])
     tiles = None if golden is None else Path(golden).read_bytes()
     tensors = _tensors(file, layout, fc)
-    provenance = _of_this_file(provenance, layout, tensors)
+    provenance = _of_this_file(file, provenance, layout, tensors)
     if layout == "timm":
         return _write_folder(target, tensors, provenance, tiles)
     writers = _companions(target, layout, provenance, tiles)
@@ -111,15 +116,34 @@ def convert(
 
 def read_encoder(path: Path) -> WeightsFile:
     """Reads and checks an encoder.safetensors; all that is wrong with it is in the error."""
-    file = read_weights(path)
+    file = _read_complete(path)
     if file.layout != "encoder":
         raise ExportFileError(f"{path}: is of layout {file.layout}, give RUN/encoder.safetensors.")
-    found = problems(file.provenance, ENCODER_FIELDS) or tensor_problems(file)
+    return file
+
+
+def _read_complete(path: Path) -> WeightsFile:
+    file = read_weights(path)
+    if file.layout not in ("encoder", "unet"):
+        raise ExportFileError(f"{path}: is of layout {file.layout}, give RUN/encoder.safetensors.")
+    found = problems(file.provenance, rules_of(file.layout)) or tensor_problems(file)
     if found:
         raise ExportFileError(
-            f"{path}: not a complete encoder ({one_sentence(found)}), export the run again."
+            f"{path}: not a complete {file.layout} ({one_sentence(found)}), export the run again."
         )
     return file
+
+
+def _check_unet(file: WeightsFile, layout: str) -> None:
+    if layout != "smp":
+        raise ExportFileError(
+            f"{file.path}: is a UNet, which layout {layout} has no place for, take layout smp."
+        )
+    if file.architecture.name not in SMP_ENCODERS:
+        raise ExportFileError(
+            f"{file.path}: is a UNet of {file.architecture.name}, which "
+            f"segmentation_models_pytorch has not, train one of {', '.join(SMP_ENCODERS)}."
+        )
 
 
 def _check_request(layout: str, target: Path, fc: str, normalise: bool) -> None:
@@ -152,11 +176,13 @@ def _check_name(layout: str, target: Path) -> None:
         raise ExportFileError(f"{target}: holds a PyTorch file, call it .pth or .pt.")
 
 
-def _check_golden(path: Path, encoder_sha256: str) -> None:
+def _check_golden(path: Path, field: str, sha256: str) -> None:
     _, metadata = read_safetensors(path)
-    if metadata.get("encoder_sha256") != encoder_sha256:
+    if metadata.get(field) != sha256:
+        unet = field == "unet_sha256"
+        what, whose = ("logits", "UNet") if unet else ("features", "encoder")
         raise ExportFileError(
-            f"{path}: holds the golden features of other weights than the encoder's, "
+            f"{path}: holds the golden {what} of other weights than the {whose}'s, "
             "export the run again."
         )
 
@@ -164,6 +190,8 @@ def _check_golden(path: Path, encoder_sha256: str) -> None:
 def _tensors(file: WeightsFile, layout: Layout, fc: Fc) -> OrderedDict[str, Tensor]:
     """The layout's tensors under its names, in torchvision's order: safetensors keeps none."""
     architecture = file.architecture
+    if file.layout == "unet":
+        return OrderedDict((name, file.tensors[name]) for name in architecture.unet(file.classes))
     names = list(architecture.backbone())
     if layout in WITH_HEAD:
         names += architecture.head(file.provenance["projection_width"])
@@ -176,15 +204,16 @@ def _tensors(file: WeightsFile, layout: Layout, fc: Fc) -> OrderedDict[str, Tens
 
 
 def _of_this_file(
-    provenance: Provenance, layout: Layout, tensors: OrderedDict[str, Tensor]
+    file: WeightsFile, provenance: Provenance, layout: Layout, tensors: OrderedDict[str, Tensor]
 ) -> Provenance:
-    """The encoder's provenance, and what the new file says of itself.
+    """The provenance of encoder or UNet, and what the new file says of itself.
 
     In the fields' order: safetensors keeps none, and equal encoders make equal files.
     """
-    names = sorted(provenance, key=[*ENCODER_FIELDS, *sorted(provenance)].index)
+    names = sorted(provenance, key=[*rules_of(file.layout), *sorted(provenance)].index)
+    written = "smp-unet" if file.layout == "unet" else layout
     return {name: provenance[name] for name in names} | {
-        "format": f"jaxhisto-{layout}-1",
+        "format": f"jaxhisto-{written}-1",
         "tensors_sha256": tensors_sha256(tensors),
     }
 

@@ -12,7 +12,15 @@ from jaxhisto_export.architecture import ARCHITECTURES
 Provenance = dict[str, Any]
 Rule = tuple[Callable[[Any], bool], str]
 
-PLAIN_STRINGS = ("format", "arch", "channel_order", "data_hash", "code_version", "licence")
+PLAIN_STRINGS = (
+    "format",
+    "architecture",
+    "arch",
+    "channel_order",
+    "data_hash",
+    "code_version",
+    "licence",
+)
 
 
 def _is_count(value: Any) -> bool:
@@ -66,6 +74,35 @@ EXPORT_FIELDS: dict[str, Rule] = ENCODER_FIELDS | {
 }
 
 
+# Of a unet.safetensors: nobody computes features of a UNet.
+UNET_FIELDS: dict[str, Rule] = {
+    **{k: v for k, v in ENCODER_FIELDS.items() if k not in ("feature_width", "projection_width")},
+    "architecture": (lambda v: v == "unet", "unet"),
+    "tile_px": (lambda v: _is_size(v) and v % 32 == 0, "side of a training tile, n x 32 pixels"),
+    "classes": (_is_size, "channels of the logits"),
+    "class_names": (
+        lambda v: v is None or (isinstance(v, list) and all(isinstance(s, str) for s in v)),
+        "a list of names, or null",
+    ),
+    "encoder_sha256": (
+        lambda v: v is None or _is_hash(v),
+        "SHA-256 of the encoder.safetensors it began from, or null",
+    ),
+}
+
+# Of a UNet that `layouts.convert` wrote.
+UNET_EXPORT_FIELDS: dict[str, Rule] = UNET_FIELDS | {
+    "unet_sha256": (_is_hash, "SHA-256 of the unet.safetensors"),
+    "tensors_sha256": EXPORT_FIELDS["tensors_sha256"],
+}
+
+
+def rules_of(layout: str) -> dict[str, Rule]:
+    """The fields that a file of this layout must have."""
+    special = {"encoder": ENCODER_FIELDS, "unet": UNET_FIELDS, "smp-unet": UNET_EXPORT_FIELDS}
+    return special.get(layout, EXPORT_FIELDS)
+
+
 def parse(metadata: Mapping[str, str]) -> Provenance:
     """The string metadata of a safetensors file as JSON values.
 
@@ -101,4 +138,7 @@ def problems(provenance: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[s
     asked = {"arch", "feature_width"} <= rules.keys()
     if asked and not found and width != ARCHITECTURES[str(arch)].feature_width:
         found.append(f"metadata `feature_width` is {width}, which {arch} has not")
+    names = provenance.get("class_names")
+    if "class_names" in rules and not found and names and len(names) != provenance["classes"]:
+        found.append(f"metadata `class_names` are {len(names)} for {provenance['classes']} classes")
     return found

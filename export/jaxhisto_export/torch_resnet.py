@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jaxhisto_export.architecture import Architecture
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.provenance import ENCODER_FIELDS, Provenance, problems
-from jaxhisto_export.weights_file import one_sentence, read_weights, tensor_problems
+from jaxhisto_export.weights_file import UNETS, one_sentence, read_weights, tensor_problems
 
 
 class Block(nn.Module):
@@ -105,11 +105,10 @@ def _stock_or_plain(architecture: Architecture) -> tuple[nn.Module, str]:
     return network, f"torchvision {torchvision.__version__}"
 
 
-class Encoder(nn.Module):
-    """A ResNet without a head, and how it wants to be fed.
+class Preprocessing(nn.Module):
+    """How the network of a file wants to be fed.
 
     Attributes:
-      resnet: the network; (n, 3, H, W) normalised -> (n, d).
       provenance: everything that the file says about itself.
       mean, std: (3,) each, of the value range `provenance["value_range"]`.
     """
@@ -119,22 +118,11 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, resnet: nn.Module, provenance: Provenance) -> None:
+    def __init__(self, provenance: Provenance) -> None:
         super().__init__()
-        self.resnet = resnet
         self.provenance = provenance
         self.register_buffer("mean", torch.tensor(provenance["mean"]), persistent=False)
         self.register_buffer("std", torch.tensor(provenance["std"]), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, 3, H, W) float32, already normalised -> (n, d) features."""
-        features: Tensor = self.resnet(x)
-        return features
-
-    def features(self, tiles: Tensor) -> Tensor:
-        """(n, H, W, 3) uint8 RGB -> (n, d) features: `preprocess`, then the network."""
-        features: Tensor = self.resnet(self.preprocess(tiles))
-        return features
 
     def preprocess(self, tiles: Tensor) -> Tensor:
         """(n, H, W, 3) uint8 RGB -> (n, 3, H, W) float32 as the network wants it."""
@@ -151,6 +139,28 @@ class Encoder(nn.Module):
         return normalised.permute(0, 3, 1, 2).contiguous()
 
 
+class Encoder(Preprocessing):
+    """A ResNet without a head, and how it wants to be fed.
+
+    Attributes:
+      resnet: the network; (n, 3, H, W) normalised -> (n, d).
+    """
+
+    def __init__(self, resnet: nn.Module, provenance: Provenance) -> None:
+        super().__init__(provenance)
+        self.resnet = resnet
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, H, W) float32, already normalised -> (n, d) features."""
+        features: Tensor = self.resnet(x)
+        return features
+
+    def features(self, tiles: Tensor) -> Tensor:
+        """(n, H, W, 3) uint8 RGB -> (n, d) features: `preprocess`, then the network."""
+        features: Tensor = self.resnet(self.preprocess(tiles))
+        return features
+
+
 def load_encoder(path: str | Path) -> Encoder:
     """Loads an exported file or an encoder.safetensors, strictly, in eval mode on the CPU.
 
@@ -162,6 +172,10 @@ def load_encoder(path: str | Path) -> Encoder:
         word in it on how it wants to be fed.
     """
     file = read_weights(Path(path))
+    if file.layout in UNETS:
+        raise ExportFileError(
+            f"{path}: is a UNet, load it into segmentation_models_pytorch's Unet."
+        )
     found = tensor_problems(file) + problems(file.provenance, ENCODER_FIELDS)
     if found:
         raise ExportFileError(

@@ -1,4 +1,4 @@
-"""Check an exported file: keys, values, a strict load, golden features, metadata.
+"""Check an exported file: keys, values, a strict load, golden features or logits, metadata.
 
 Whatever is wrong is listed at once; nothing is repaired and nothing is guessed.
 """
@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.onnx_graph import graph_problems, run_graph
-from jaxhisto_export.provenance import ENCODER_FIELDS, EXPORT_FIELDS, problems
+from jaxhisto_export.provenance import problems, rules_of
 from jaxhisto_export.timm_folder import config_problems
-from jaxhisto_export.torch_resnet import Encoder, empty_resnet
+from jaxhisto_export.torch_resnet import Preprocessing, empty_resnet
+from jaxhisto_export.torch_unet import empty_unet
 from jaxhisto_export.weights_file import (
     FLAT,
+    UNETS,
     WeightsFile,
     expected_shapes,
     file_sha256,
@@ -34,6 +36,11 @@ from jaxhisto_export.weights_file import (
 # sum in another order), which leaves room for other processors; mean and std of ImageNet
 # instead of 0.5, the least of the usual mistakes, moves features by more than 1e-2.
 TOLERANCE = 1e-4
+
+# L2 norm of the decoder's first convolution at its start: numbers of variance 2 / fan-in, 512 / 2
+# of them times fan-in. It scatters by 3e-4 of itself, and this is six times that.
+DECODER_RANDOM = 22.627
+DECODER_RANDOM_WITHIN = 0.002
 
 # L2 norms of conv1.weight. The first is as reported, not measured here.
 CONV1_PUBLISHED = 29.24
@@ -61,7 +68,7 @@ class VerifyResult:
 
 
 def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
-    """Checks a file or folder in any layout, or an encoder.safetensors.
+    """Checks a file or folder in any layout, an encoder.safetensors or a unet.safetensors.
 
     Golden tiles are looked for as FILE.golden.safetensors, then as golden.safetensors in the
     same folder. Never raises for what is in the file: see `problems`.
@@ -82,9 +89,9 @@ def verify(path: str | Path, against: str | Path | None = None) -> VerifyResult:
     )
     _check_tensors(file, result)
     _check_metadata(file, result)
-    encoder = _check_load(file, result)
-    _check_golden(file, encoder, result)
-    _check_conv1(file, result)
+    network = (_check_unet_load if file.layout in UNETS else _check_load)(file, result)
+    _check_golden(file, network, result)
+    _check_norms(file, result)
     if against is not None:
         from jaxhisto_export.against import compare  # which imports this module
 
@@ -99,7 +106,7 @@ def _check_tensors(file: WeightsFile, result: VerifyResult) -> None:
         f"keys: {matched} of {len(expected)} expected, {len(file.tensors) - matched} others"
     )
     result.problems += tensor_problems(file)
-    if file.layout == "encoder":  # nobody recorded a hash
+    if file.layout in ("encoder", "unet"):  # nobody recorded a hash
         return
     recorded = file.provenance.get("tensors_sha256")
     same = recorded == tensors_sha256(file.tensors)
@@ -109,9 +116,10 @@ def _check_tensors(file: WeightsFile, result: VerifyResult) -> None:
 
 
 def _check_metadata(file: WeightsFile, result: VerifyResult) -> None:
-    rules = ENCODER_FIELDS if file.layout == "encoder" else EXPORT_FIELDS
+    rules = rules_of(file.layout)
     wrong = problems(file.provenance, rules)
-    about = ("mean", "std", "value_range", "channel_order", "tile_px", "mpp_range", "stains")
+    about: tuple[str, ...] = ("classes", "class_names") if file.layout in UNETS else ()
+    about += ("mean", "std", "value_range", "channel_order", "tile_px", "mpp_range", "stains")
     said = ", ".join(f"{name} {file.provenance.get(name, 'not stated')}" for name in about)
     result.lines.append(f"metadata: {len(rules) - len(wrong)} of {len(rules)} fields; {said}")
     if not file.provenance:
@@ -141,7 +149,7 @@ def _check_sidecar(file: WeightsFile, result: VerifyResult) -> None:
         result.problems.append(f"{path.name} contradicts the metadata in the file")
 
 
-def _check_load(file: WeightsFile, result: VerifyResult) -> Encoder | None:
+def _check_load(file: WeightsFile, result: VerifyResult) -> nn.Module | None:
     """The network with these weights, if they load strictly."""
     network, which = empty_resnet(file.architecture)
     backbone, wanted = file.backbone(), network.state_dict()
@@ -161,39 +169,60 @@ def _check_load(file: WeightsFile, result: VerifyResult) -> Encoder | None:
             f"does not load strictly: {len(matched)} of {len(wanted)} tensors match"
         )
         return None
-    if any(problems(file.provenance, {k: ENCODER_FIELDS[k]}) for k in Encoder.NEEDS):
+    return network.eval()
+
+
+def _check_unet_load(file: WeightsFile, result: VerifyResult) -> nn.Module | None:
+    """smp's UNet with these weights, if they load strictly and there is one to load them into."""
+    expected, found = expected_shapes(file), file.tensors
+    matched = [n for n, shape in expected.items() if n in found and found[n].shape == shape]
+    if len(matched) < len(expected) or found.keys() - expected.keys():
+        result.problems.append(
+            f"does not load strictly: {len(matched)} of {len(expected)} tensors match"
+        )
         return None
-    return Encoder(network, file.provenance).eval()
+    network, which = empty_unet(file.architecture, file.classes)
+    if network is None:
+        result.lines.append(f"note: neither loaded nor run, {which}")
+        return None
+    network.load_state_dict(file.tensors, strict=True)
+    result.lines.append(
+        f"strict load: {len(matched)} of {len(network.state_dict())} tensors matched in the Unet "
+        f"of {file.architecture.name} of {which}"
+    )
+    return network.eval()
 
 
-def _check_golden(file: WeightsFile, encoder: Encoder | None, result: VerifyResult) -> None:
+def _check_golden(file: WeightsFile, network: nn.Module | None, result: VerifyResult) -> None:
     path = file.golden_path
+    what = "logits" if file.layout in UNETS else "features"
     try:
-        tiles, features, metadata = _read_golden(path)
+        tiles, golden, metadata = _read_golden(path, what)
     except ExportFileError as error:
         result.problems.append(str(error))
         return
-    own = file_sha256(file.path) if file.layout == "encoder" else None
-    if metadata.get("encoder_sha256") != file.provenance.get("encoder_sha256", own):
-        result.problems.append(f"{path.name} holds the golden features of other weights")
-    if encoder is None:
-        result.lines.append("golden features: not compared, the weights do not load")
+    own = file_sha256(file.path) if file.layout in ("encoder", "unet") else None
+    if metadata.get(file.own_sha256) != file.provenance.get(file.own_sha256, own):
+        result.problems.append(f"{path.name} holds the golden {what} of other weights")
+    needed = {name: rules_of(file.layout)[name] for name in Preprocessing.NEEDS}
+    if network is None or problems(file.provenance, needed):
+        result.lines.append(f"golden {what}: not compared, the weights were not loaded")
         return
     with torch.inference_mode():
-        image = encoder.preprocess(tiles)
-        ours = encoder(image)
-    which = f"{len(tiles)} tiles of {tiles.shape[1]} px"
-    _compare(ours, features, which, result)
+        image = Preprocessing(file.provenance).preprocess(tiles)
+        ours = network(image)
+    which = f"golden {what}", f"{len(tiles)} tiles of {tiles.shape[1]} px"
+    _compare(ours, golden, which, result)
     if file.layout == "onnx":
-        _compare_graph(file, image, tiles, features, which, result)
+        _compare_graph(file, image, tiles, golden, which, result)
 
 
 def _compare_graph(
     file: WeightsFile,
     image: Tensor,
     tiles: Tensor,
-    features: Tensor,
-    which: str,
+    golden: Tensor,
+    which: tuple[str, str],
     result: VerifyResult,
 ) -> None:
     """The same comparison with the graph itself, where onnxruntime is installed."""
@@ -206,51 +235,64 @@ def _compare_graph(
     except ExportFileError as error:
         result.problems.append(str(error))
     else:
-        _compare(torch.from_numpy(ours), features, f"{which} by onnxruntime", result)
+        what, tiles_of = which
+        _compare(torch.from_numpy(ours), golden, (what, f"{tiles_of} by onnxruntime"), result)
 
 
-def _read_golden(path: Path) -> tuple[Tensor, Tensor, dict[str, str]]:
-    """Tiles (n, S, S, 3) uint8, features (n, d) float32, metadata."""
+def _read_golden(path: Path, what: str) -> tuple[Tensor, Tensor, dict[str, str]]:
+    """Tiles (n, S, S, 3) uint8, features (n, d) or logits (n, k, S, S) float32, metadata."""
     if not path.is_file():
         raise ExportFileError(
-            f"{path.name} is not beside the file, so features were not compared: copy it there, "
+            f"{path.name} is not beside the file, so {what} were not compared: copy it there, "
             "or export again with golden tiles."
         )
     tensors, metadata = read_safetensors(path)
-    tiles, features = tensors.get("tiles"), tensors.get("features")
+    tiles, golden = tensors.get("tiles"), tensors.get(what)
     fits = (
         tiles is not None
-        and features is not None
+        and golden is not None
         and tiles.dtype == torch.uint8
-        and features.dtype == torch.float32
+        and golden.dtype == torch.float32
         and tiles.ndim == 4
         and tiles.shape[-1] == 3
-        and features.ndim == 2
-        and len(tiles) == len(features) > 0
+        and golden.ndim == (4 if what == "logits" else 2)
+        and len(tiles) == len(golden) > 0
     )
-    if tiles is None or features is None or not fits:
-        raise ExportFileError(f"{path.name} holds no golden tiles and features, export again.")
-    return tiles, features, metadata
+    if tiles is None or golden is None or not fits:
+        raise ExportFileError(f"{path.name} holds no golden tiles and {what}, export again.")
+    return tiles, golden, metadata
 
 
-def _compare(ours: Tensor, golden: Tensor, which: str, result: VerifyResult) -> None:
+def _compare(ours: Tensor, golden: Tensor, which: tuple[str, str], result: VerifyResult) -> None:
+    what, tiles = which
+    one = what.removeprefix("golden ").removesuffix("s")
     largest = float(golden.abs().max())
     if ours.shape != golden.shape or not 0.0 < largest < float("inf"):
         result.problems.append(
-            f"golden features {tuple(golden.shape)} with a largest value of {largest:g} cannot be "
+            f"{what} {tuple(golden.shape)} with a largest value of {largest:g} cannot be "
             f"compared with {tuple(ours.shape)}"
         )
         return
     difference = float((ours - golden).abs().max()) / largest
     result.lines.append(
-        f"golden features: {which}, largest difference {difference:.1e} of the largest feature "
+        f"{what}: {tiles}, largest difference {difference:.1e} of the largest {one} "
         f"{largest:.3g} (tolerance {TOLERANCE:.0e})"
     )
     if not difference <= TOLERANCE:  # also when it is NaN
         result.problems.append(
-            f"golden features differ by {difference:.1e} of the largest feature, "
+            f"{what} differ by {difference:.1e} of the largest {one}, "
             f"more than {TOLERANCE:.0e}: these are other weights, or fed differently"
         )
+
+
+def _check_norms(file: WeightsFile, result: VerifyResult) -> None:
+    first = file.tensors.get("decoder.blocks.0.conv1.0.weight")
+    if first is not None:
+        norm = float(first.double().norm())
+        result.lines.append(f"decoder: norm {norm:.3f} of its start (random {DECODER_RANDOM:.3f})")
+        if abs(norm - DECODER_RANDOM) < DECODER_RANDOM_WITHIN * DECODER_RANDOM:
+            result.lines.append("note: the decoder looks random, so it was trained little or not")
+    _check_conv1(file, result)
 
 
 def _check_conv1(file: WeightsFile, result: VerifyResult) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jaxhisto_export import onnx_graph, timm_folder
-from jaxhisto_export.architecture import COUNT_SUFFIX, Architecture, Shapes, closest
+from jaxhisto_export.architecture import (
+    COUNT_SUFFIX,
+    UNET_ENCODER,
+    UNET_HEAD,
+    Architecture,
+    Shapes,
+    closest,
+)
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.provenance import Provenance, parse
 
 WITH_HEAD = ("published", "dsmil")
-FLAT = ("torchvision", "dsmil", "smp")  # PyTorch files that are the state dict itself
-UNORDERED = ("encoder", "timm", "onnx")  # formats that keep no order of the tensors
+FLAT = ("torchvision", "dsmil", "smp", "smp-unet")  # PyTorch files: the state dict itself
+UNORDERED = ("encoder", "unet", "timm", "onnx")  # formats that keep no order of the tensors
+UNETS = ("unet", "smp-unet")  # with a decoder: unet.safetensors, and what layout smp makes of it
 
 PREFIX = "model.resnet."  # of every key in the published layout
 CLASSES = 1000  # of the zero `fc` that some loaders insist on
@@ -37,7 +46,7 @@ class WeightsFile:
     """What was in a file, before anything about it is believed."""
 
     path: Path  # the file with the weights, also where a folder was asked for
-    layout: str  # encoder (of a run or an import), or one of `layouts.Layout`
+    layout: str  # encoder or unet (of a run or an import), `layouts.Layout`, or smp-unet
     tensors: dict[str, Tensor]  # on the CPU, under the file's own keys, in the file's order
     # or, where its format keeps none, in torchvision's
     provenance: Provenance  # empty where the file has none
@@ -45,22 +54,39 @@ class WeightsFile:
     @property
     def architecture(self) -> Architecture:
         """By the names of the tensors, not by what the metadata claims."""
-        return closest(self.plain())
+        return closest(self.backbone())
+
+    @property
+    def classes(self) -> int:
+        """Of a UNet, by what the metadata claims, else by the tensors; 0 for an encoder."""
+        if self.layout not in UNETS:
+            return 0
+        said, head = self.provenance.get("classes"), self.tensors.get(UNET_HEAD)
+        if isinstance(said, int) and said > 0:
+            return said
+        return head.shape[0] if head is not None and head.ndim else 1
+
+    @property
+    def own_sha256(self) -> str:
+        """The field by which golden tiles and exports name the file they were made of."""
+        return "unet_sha256" if self.layout in UNETS else "encoder_sha256"
 
     @property
     def golden_path(self) -> Path:
         """Where the golden tiles of this file lie: under its own name, or for a whole folder."""
         own, shared = golden_beside(self.path), self.path.with_name("golden.safetensors")
+        if self.layout in UNETS:  # the shared one is of the encoder
+            return own
         by_default = shared if self.layout in ("encoder", "timm") else own
         return next((path for path in (own, shared) if path.is_file()), by_default)
 
-    def plain(self) -> dict[str, Tensor]:
-        """The tensors under torchvision's names."""
-        return {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
-
     def backbone(self) -> dict[str, Tensor]:
-        """The tensors under torchvision's names, without any head."""
-        return {k: v for k, v in self.plain().items() if not k.startswith("fc.")}
+        """The ResNet's tensors under torchvision's names, without any head or decoder."""
+        if self.layout in UNETS:
+            own = {k: v for k, v in self.tensors.items() if k.startswith(UNET_ENCODER)}
+            return {name.removeprefix(UNET_ENCODER): tensor for name, tensor in own.items()}
+        plain = {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
+        return {k: v for k, v in plain.items() if not k.startswith("fc.")}
 
 
 def golden_beside(path: Path) -> Path:
@@ -86,7 +112,8 @@ def read_weights(path: Path) -> WeightsFile:
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         provenance = parse(metadata)
-        layout = "timm" if _said_layout(provenance) == "timm" else "encoder"
+        said = _said_layout(provenance)
+        layout = said if said == "timm" else "unet" if _is_unet(tensors) else "encoder"
     elif path.suffix == ".onnx":
         arrays, metadata = onnx_graph.read_onnx(path)
         tensors = {name: _tensor(path, name, array) for name, array in arrays.items()}
@@ -125,8 +152,13 @@ def _in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _said_layout(provenance: Provenance) -> str:
     """The layout in the format `jaxhisto-LAYOUT-1`; empty where there is none."""
-    parts = str(provenance.get("format", "")).split("-")
-    return parts[1] if len(parts) == 3 and parts[0] == "jaxhisto" else ""
+    found = re.fullmatch(r"jaxhisto-(.+)-1", str(provenance.get("format", "")))
+    return found[1] if found else ""
+
+
+def _is_unet(names: Iterable[str]) -> bool:
+    """Whether there is a part of a decoder: its absence otherwise must not make an encoder."""
+    return any(name.startswith(("decoder.blocks.", "segmentation_head.")) for name in names)
 
 
 def _load_checkpoint(path: Path) -> Any:
@@ -159,6 +191,8 @@ def _flat_layout(state: dict[str, Tensor], provenance: Provenance) -> str:
     said = _said_layout(provenance)
     if said in FLAT:
         return said
+    if _is_unet(state):
+        return "smp-unet"
     return "dsmil" if "fc.1.weight" in state else "torchvision"
 
 
@@ -172,6 +206,8 @@ def _primitives(provenance: Any) -> Provenance:
 def expected_shapes(file: WeightsFile) -> Shapes:
     """Keys and shapes that this layout has for this architecture, in the layout's order."""
     architecture = file.architecture
+    if file.layout in UNETS:
+        return architecture.unet(file.classes)
     shapes = architecture.backbone()
     if file.layout == "torchvision" and "fc.weight" in file.tensors:
         width = architecture.feature_width
@@ -216,7 +252,8 @@ def _key_problems(names: list[str], expected: list[str], layout: str) -> list[st
         found.append(f"{len(extra)} keys that do not belong there: {_listed(extra)}")
     if not found and layout not in UNORDERED and names != expected:
         first = next(a for a, b in zip(names, expected, strict=True) if a != b)
-        found.append(f"the keys are not in torchvision's order, from `{first}` on")
+        whose = "smp" if layout in UNETS else "torchvision"
+        found.append(f"the keys are not in {whose}'s order, from `{first}` on")
     return found
 
 

@@ -224,11 +224,17 @@ class ResNet(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, d) float32 features (average over the map)."""
+        return self.maps(x, train=train)[-1].astype(jnp.float32).mean((1, 2))
+
+    def maps(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
+        """The maps at 1/2 (stem after its ReLU), 1/4, 1/8, 1/16 and 1/32 (the four stages)."""
         x = nnx.relu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
+        maps = [x]
         x = max_pool(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, train=train)
-        return x.astype(jnp.float32).mean((1, 2))
+            maps.append(x)
+        return maps
 
 
 def build_resnet(
