@@ -164,6 +164,11 @@ def _write_unet(
 
 def verify_file(path: str, against: str = "") -> int:
     """Prints what was checked, problems on stderr; returns 0, or 1 with a problem."""
+    if (Path(path) / "data.json").is_file():
+        raise ExportError(
+            f"{path}: is a run, no file to check; `jaxhisto export {path} --out encoder.ckpt` "
+            "writes one."
+        )
     _need_torch()
     from jaxhisto_export.against import compare
     from jaxhisto_export.verify import verify

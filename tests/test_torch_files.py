@@ -185,6 +185,11 @@ def test_what_is_no_encoder_is_pointed_to_import(jaxhisto, foreign, tmp_path):
     assert f"jaxhisto import {foreign}" in said
 
 
+def test_a_run_is_to_be_exported_before_it_can_be_verified(jaxhisto, tmp_path):
+    (tmp_path / "data.json").write_text("{}")
+    assert f"jaxhisto export {tmp_path}" in refusal(jaxhisto("verify", tmp_path))
+
+
 def test_a_zoo_name_is_an_encoder(monkeypatch, jaxhisto, ours, tmp_path):
     """The registry hands out a file of the published layout; the rest is real."""
     from jaxhisto_export import zoo

@@ -21,14 +21,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxhisto.errors import ConfigError
+from jaxhisto.models.batchnorm import BatchNorm
 from jaxhisto.models.initial import as_torchvision, initial, kaiming_uniform, xavier_uniform
-from jaxhisto.models.resnet import (
-    BOTTLENECK,
-    BatchNorm,
-    Conv,
-    Numbered,
-    build_resnet,
-)
+from jaxhisto.models.resnet import BOTTLENECK, Conv, Numbered, build_resnet
 
 Tree = dict[str, Any]
 Skips = Literal["all", "none"]
