@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 STATISTICS = "batchnorm_statistics"
-"""Name of a batch's means, of x and of its square, in a `jax.checkpoint` policy."""
+"""Name of a batch's means of x and of its square, for a policy of `jax.checkpoint` to keep."""
 
 
 class BatchNorm(nnx.Module):
