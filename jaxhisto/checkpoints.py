@@ -31,7 +31,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxhisto.contents import Contents, Damaged, check, compare, describe, seal, sync_folder
+from jaxhisto.contents import (
+    Contents,
+    Damaged,
+    by_name,
+    check,
+    compare,
+    describe,
+    flat_names,
+    nested_dict,
+    seal,
+    sync_folder,
+)
 from jaxhisto.distributed import is_main
 from jaxhisto.errors import RunError
 
@@ -165,7 +176,7 @@ class Checkpoints:
           RunError: all are damaged, or the newest sound one holds other tensors, or says
             something else than `metadata`.
         """
-        names = _names(like)
+        names = by_name(like)
         step, arrays, failed = -1, None, None
         if is_main():
             try:
@@ -194,7 +205,7 @@ class Checkpoints:
         try:
             self._sweep()
             writing.mkdir(parents=True)
-            self._orbax.save(writing / "state", args=ocp.args.PyTreeSave(_nested(arrays)))
+            self._orbax.save(writing / "state", args=ocp.args.PyTreeSave(nested_dict(arrays)))
             tensors = {name: describe(array) for name, array in arrays.items()}
             seal(writing, step, tensors, metadata)
             os.rename(writing, final)
@@ -234,7 +245,7 @@ class Checkpoints:
             return None
         path = self._named(contents.step)
         compare(path, contents, names, metadata, partial=not self._writes)
-        item = _nested({name: np.zeros((), leaf.dtype) for name, leaf in names.items()})
+        item = nested_dict({name: np.zeros((), leaf.dtype) for name, leaf in names.items()})
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
@@ -246,7 +257,7 @@ class Checkpoints:
                 f"{path}: is whole and cannot be read ({_reason(error)}); install the "
                 "orbax-checkpoint that wrote it (RUN/env.json names it)."
             ) from error
-        return contents.step, dict(_flat(nested))
+        return contents.step, dict(flat_names(nested))
 
     def _newest_sound(self) -> Contents | None:
         """The contents of the newest checkpoint that is what it says; sets aside those before it.
@@ -340,7 +351,7 @@ def _ignore_late_writes() -> None:
 
 def _to_host(state: Any) -> Arrays:
     """Copies of a state's arrays by dotted name: the next step reuses the device's memory."""
-    names = _names(state)
+    names = by_name(state)
     for leaf in names.values():
         leaf.copy_to_host_async()  # all of them on their way before the first is waited for
     return {name: np.array(leaf.addressable_data(0)) for name, leaf in names.items()}
@@ -371,38 +382,6 @@ def _from_main(step: int, sentence: str) -> tuple[int, str]:
     numbers = np.asarray(multihost_utils.broadcast_one_to_all(numbers))
     said = bytes(numbers[2 : 2 + int(numbers[1])].astype(np.uint8))
     return int(numbers[0]), said.decode(errors="replace")
-
-
-def _names(tree: Any) -> dict[str, Any]:
-    """The leaves by dotted name, in the tree's order: what is on disk must outlive our classes."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {".".join(_name(key) for key in path): leaf for path, leaf in leaves}
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *folders, last = name.split(".")
-        place = nested
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = leaf
-    return nested
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _reason(error: Exception) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxhisto.errors import RunError
@@ -119,6 +120,33 @@ def describe(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves by dotted name, in the tree's order: what is on disk must outlive our classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(_name(key) for key in path): leaf for path, leaf in leaves}
+
+
+def nested_dict(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain nested dicts of leaves by dotted name."""
+    nested: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split(".")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = leaf
+    return nested
+
+
+def flat_names(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of plain nested dicts: the reverse of `nested_dict`."""
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from flat_names(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def sync_folder(path: Path) -> None:
     """Puts a folder's names on the disk: without, a power cut may undo a rename."""
     opened = os.open(path, os.O_RDONLY)
@@ -126,6 +154,13 @@ def sync_folder(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
 
 
 def _from_json(text: bytes) -> Contents:

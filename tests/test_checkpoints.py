@@ -7,6 +7,9 @@ import json
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -336,3 +339,59 @@ def fail_after_saving(run: Path, state: TrainState) -> None:
     with open_checkpoints(run, 1) as checkpoints:
         checkpoints.save_async(2, state, {})
         raise KeyError("the first error is the one that counts")
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+from jaxhisto.checkpoints import open_checkpoints
+from jaxhisto.distributed import make_mesh
+from jaxhisto.errors import RunError
+from jaxhisto.pretrain.step import replicate
+
+odd = np.array([-0.0, np.nan, 1e-45, 3], np.float32)
+host = {"a": odd, "b": {"c": np.arange(6, dtype=np.int32).reshape(2, 3)}, "d": np.int32(5)}
+mesh, run = make_mesh(), Path(sys.argv[3])
+with jax.set_mesh(mesh), open_checkpoints(run, 2) as checkpoints:
+    state = replicate(host, mesh)
+    assert checkpoints.restore(state, {"of": "this"}) is None
+    for step in (1, 2, 3):
+        checkpoints.save_async(step, state, {"of": "this"})
+    checkpoints.wait()
+    like = replicate(jax.tree.map(np.zeros_like, host), mesh)
+    step, read = checkpoints.restore(like, {"of": "this"})
+    assert step == 3
+    for ours, theirs in zip(jax.tree.leaves(read), jax.tree.leaves(host), strict=True):
+        assert len(ours.sharding.device_set) == 4
+        assert np.asarray(ours.addressable_data(0)).tobytes() == np.asarray(theirs).tobytes()
+    try:
+        checkpoints.restore(like, {"of": "another"})
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_two_processes_read_what_process_0_wrote_without_a_shared_disk(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROCESS, str(port), str(i), tmp_path / str(i)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        said, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert f"{tmp_path}/0/checkpoints/3: belongs to another run (of this, here another)" in said
+    assert names(tmp_path / "0") == {"2", "3"}
+    assert not (tmp_path / "1").exists()
