@@ -51,13 +51,20 @@ def tile(argv: Sequence[str]) -> int:
 def pretrain(argv: Sequence[str]) -> int:
     """tiles -> a trained encoder (SimCLR)"""
     config = parse(PretrainConfig, argv, "pretrain")
-    from jaxhisto.pretrain.run import pretrain as train
+    from jaxhisto.pretrain.stopping import stop_requests
 
-    if config.init:
-        from jaxhisto.torch_files import encoder_files
+    with stop_requests(config.out):  # importing JAX takes seconds, in which a request may come
+        if config.deterministic:
+            from jaxhisto.xla_flags import make_deterministic
 
-        config = replace(config, init=str(encoder_files(config.init)[0]))
-    out = train(config)
+            make_deterministic(config.out)
+        from jaxhisto.pretrain.run import pretrain as train
+
+        if config.init:
+            from jaxhisto.torch_files import encoder_files
+
+            config = replace(config, init=str(encoder_files(config.init)[0]))
+        out = train(config)
     say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
 

@@ -214,6 +214,11 @@ class PretrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = within(3, 1, MANY, operational=True)
     """Newest checkpoints kept."""
+    keep_every: int = within(0, 0, MANY, operational=True)
+    """Besides, checkpoints of steps divisible by this are kept for good; 0: none."""
+    deterministic: bool = field(default=False, metadata=OPERATIONAL)
+    """On a GPU, go on bit for bit after a kill: no kernel whose sums depend on timing, and what
+    XLA's autotuning chose is kept in the run folder. Changes nothing on a CPU or TPU."""
     devices: int = within(0, 0, MANY, operational=True)
     """Devices to shard the batch over; 0: all."""
     log_every: int = within(50, 1, MANY, operational=True)

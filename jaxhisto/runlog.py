@@ -26,7 +26,8 @@ class RunLog:
     A line holds `step` (1 for the first), the step's metrics, `images_per_s` (over the last
     steps), `wait_s` (time this step waited for data) and `time` (seconds since the epoch).
     Lines are flushed as they are written. On a resume, lines of steps that are done again
-    are cut off first, so that each step stands in the file once.
+    are cut off first, so that each step stands in the file once. A disk that is full does not
+    end the run: its lines wait in memory (`Lines`).
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class RunLog:
     ) -> None:
         self.path = Path(run) / "metrics.jsonl"
         _keep_steps(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = Lines(self.path)
         self._batch_size, self._every, self._steps = batch_size, every, steps
         self._timing = False
         self._times: deque[float] = deque([time.perf_counter()], maxlen=21)
@@ -58,18 +59,19 @@ class RunLog:
             self._times = deque([now], maxlen=21)
         line = {"step": step, **metrics, "images_per_s": speed, "wait_s": wait_s}
         rounded = {k: _finite(v) for k, v in line.items()} | {"time": round(time.time(), 3)}
-        try:
-            self._file.write(json.dumps(rounded) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}); make room and start the same "
-                "line again."
-            ) from error
+        self._lines.append(json.dumps(rounded) + "\n")
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, step)
         self._progress.update(step, f"loss {metrics['loss']:.4f}  {speed:.1f} images/s")
+
+    def finish(self) -> None:
+        """Returns when every line is in the file.
+
+        Raises:
+          RunError: some found no room.
+        """
+        self._lines.finish()
 
     def __enter__(self) -> RunLog:
         return self
@@ -81,9 +83,73 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._progress.close()
-        self._file.close()
+        self._lines.close()
         if self._board is not None:
             self._board.close()
+
+
+class Lines:
+    """Appends lines to a file; those that find no room wait in memory and go first when there is.
+
+    At most `HELD` wait; beyond, the oldest are lost, and counted.
+    """
+
+    HELD = 100_000  # some 25 MB
+
+    def __init__(self, path: Path) -> None:
+        # Unbuffered: after an error it is known which bytes are in the file and which are not.
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque()
+        self._rest = b""
+        self._lost = 0
+        self._full: OSError | None = None
+
+    def append(self, line: str) -> None:
+        """Writes the line and those that wait; says once when there is no room, and when again."""
+        self._waiting.append(line.encode())
+        if len(self._waiting) > self.HELD:
+            self._waiting.popleft()
+            self._lost += 1
+        was_full = self._full is not None
+        self._drain()
+        if self._full is not None and not was_full:
+            _tell(
+                f"{self._path}: cannot be written ({self._full.strerror}); lines wait in memory, "
+                "training goes on: make room"
+            )
+        elif was_full and self._full is None:
+            _tell(f"{self._path}: can be written again")
+
+    def finish(self) -> None:
+        """Writes what waits.
+
+        Raises:
+          RunError: there is still no room, or there was none for too long.
+        """
+        self._drain()
+        missing = self._lost + len(self._waiting) + bool(self._rest)
+        if missing:
+            why = self._full.strerror if self._full is not None else "there was no room for long"
+            raise RunError(
+                f"{self._path}: lacks {missing} lines ({why}); make room before the next start, "
+                "the weights are not touched by it."
+            )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _drain(self) -> None:
+        try:
+            while self._rest or self._waiting:
+                self._rest = self._rest or self._waiting.popleft()
+                self._rest = self._rest[self._file.write(self._rest) :]
+            self._full = None
+        except OSError as error:
+            self._full = error
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

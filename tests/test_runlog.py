@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from jaxhisto.errors import RunError
-from jaxhisto.runlog import Progress, RunLog, read_metrics
+from jaxhisto.runlog import Lines, Progress, RunLog, read_metrics
 
 
 def log(run, start, stop):
@@ -55,3 +58,61 @@ def test_tensorboard_events_hold_the_loss(tmp_path):
         record.scalars(1, {"loss": 2.5}, wait_s=0.0)
     events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
     assert b"loss" in events
+
+
+class FullDisk:
+    """A file that takes `room` more bytes, then none: of the last write, a part."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.content = room, b""
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = data[: self.room]
+        self.room -= len(taken)
+        self.content += taken
+        return len(taken)
+
+    def close(self) -> None:
+        pass
+
+
+def on(disk: FullDisk, path: Path) -> Lines:
+    lines = Lines(path)
+    lines.close()
+    lines._file = disk
+    return lines
+
+
+def test_lines_wait_while_the_disk_is_full_and_none_is_torn(tmp_path, capsys):
+    disk = FullDisk(room=10)
+    lines = on(disk, tmp_path / "metrics.jsonl")
+    for text in ("one..}\n", "two..}\n", "three}\n"):
+        lines.append(text)
+    assert disk.content == b"one..}\ntwo"
+    disk.room = 5
+    lines.append("four.}\n")
+    assert disk.content == b"one..}\ntwo..}\nt"
+    disk.room = 999
+    lines.append("five.}\n")
+    assert disk.content == b"one..}\ntwo..}\nthree}\nfour.}\nfive.}\n"
+    lines.finish()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "cannot be written (No space left on device); lines wait in memory" in said[0]
+    assert "can be written again" in said[1]
+
+
+def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lines, "HELD", 3)
+    disk = FullDisk(room=3)
+    lines = on(disk, tmp_path / "metrics.jsonl")
+    for step in range(10):
+        lines.append(f"step {step}}}\n")
+    with pytest.raises(RunError, match=r"metrics.jsonl: lacks 10 lines \(No space left"):
+        lines.finish()
+    disk.room = 999
+    with pytest.raises(RunError, match=r"lacks 6 lines \(there was no room for long\)"):
+        lines.finish()
+    assert disk.content == b"step 0}\nstep 7}\nstep 8}\nstep 9}\n"

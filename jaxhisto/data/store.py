@@ -57,8 +57,11 @@ class TileStore:
         self.dataset: str = self.manifest["dataset"]
         self._slides: list[dict[str, Any]] = self.manifest["slides"]
         self._ends = list(itertools.accumulate(slide["tiles"] for slide in self._slides))
-        for slide in self._slides:
-            check_part(self.path / slide["part"]["file"], slide["part"], deep=verify)
+        files = [self.path / slide["part"]["file"] for slide in self._slides]
+        # Taken before the sums: what is edited meanwhile is seen at the first read.
+        self._seen = [_identity(file) for file in files]
+        for file, slide in zip(files, self._slides, strict=True):
+            check_part(file, slide["part"], deep=verify)
         self._reset()
 
     def __len__(self) -> int:
@@ -69,7 +72,7 @@ class TileStore:
 
         Raises:
           IndexError: i is not in [-len, len).
-          StoreError: the record cannot be read.
+          StoreError: the record cannot be read, or its part changed since the store was opened.
         """
         index = range(len(self))[i]
         part = bisect.bisect_right(self._ends, index)
@@ -82,6 +85,12 @@ class TileStore:
                 f"{self.path / slide['part']['file']}: tile {row} cannot be read ({error}); cut "
                 "the slides again into a new store"
             ) from error
+        # After reading: a change before it is seen too. Two microseconds beside decoding.
+        if _identity(self.path / slide["part"]["file"]) != self._seen[part]:
+            raise StoreError(
+                f"{self.path / slide['part']['file']}: changed or vanished since the run opened it "
+                f"(tile {row}); put the file back as it was, or start a new run"
+            )
         # The record holds it as float32; the manifest as it was stated.
         return {**tile, "mpp": slide["tile_mpp"]}
 
@@ -166,6 +175,15 @@ def check_part(file: Path, part: dict[str, Any], deep: bool = True) -> None:
             f"{file}: is damaged (size or sha256 differ from the manifest); restore it, or cut the "
             "slides again into a new store"
         )
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is edited or replaced; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def file_hash(file: Path) -> str:

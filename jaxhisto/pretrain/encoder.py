@@ -132,10 +132,11 @@ def check_run(run: Path) -> None:
 
 
 def newest(run: Path) -> tuple[PretrainConfig, Tree, Tree]:
-    """(config, data.json, {step, params, batch_stats}) of the newest checkpoint of a run.
+    """(config, data.json, {step, params, batch_stats}) of the newest sound checkpoint of a run.
 
     Raises:
       ExportError: no run folder, or no checkpoint in it.
+      RunError: no sound checkpoint, or one of another architecture.
     """
     check_run(run)
     config = from_json(PretrainConfig, (run / "config.json").read_text())
@@ -148,9 +149,10 @@ def newest(run: Path) -> tuple[PretrainConfig, Tree, Tree]:
         raise none_yet
     mesh = make_mesh(1)
     with jax.set_mesh(mesh), open_checkpoints(run, config.keep, write=False) as checkpoints:
-        if checkpoints.latest_step is None:
+        found = checkpoints.restore(_weights_of(config, mesh))
+        if found is None:
             raise none_yet
-        return config, data, checkpoints.restore(_weights_of(config, mesh))
+        return config, data, found[1]
 
 
 def _weights_of(config: PretrainConfig, mesh: Mesh) -> Tree:

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxhisto import plots
+from jaxhisto import plots, xla_flags
 from jaxhisto.checkpoints import Checkpoints, open_checkpoints
 from jaxhisto.config import PretrainConfig
-from jaxhisto.data.loader import batches
-from jaxhisto.data.sources import Batch, open_tiles
+from jaxhisto.data.loader import batches, global_indices
+from jaxhisto.data.sources import Batch, Tiles, open_tiles
 from jaxhisto.distributed import is_main, make_mesh, to_global
 from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked, open_run
 from jaxhisto.pretrain.plan import check_batch, schedule_length
+from jaxhisto.pretrain.saving import Saving
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
-from jaxhisto.runlog import RunLog, read_metrics
+from jaxhisto.pretrain.stopping import Stopped, StopRequest, stop_requests
+from jaxhisto.runlog import RunLog, read_metrics, write_atomically
 
 SHEET_TILES = 8
 
@@ -42,10 +43,19 @@ def pretrain(config: PretrainConfig) -> Path:
       StoreError: data that is missing, damaged or smaller than a batch.
       ExportError: an encoder to start from that is none.
       RunError: another run in the folder, an encoder that does not fit, a batch the devices
-        cannot share, a loss that is not finite, a disk that is full.
-      Stopped: SIGTERM or SIGINT, after a checkpoint.
+        cannot share, a loss that is not finite, a disk that is full at the end, checkpoints of
+        which none is sound.
+      Stopped: SIGTERM or SIGINT, after a checkpoint or before the first step.
     """
+    with stop_requests(config.out) as stop:
+        return train(config, stop)
+
+
+def train(config: PretrainConfig, stop: StopRequest) -> Path:
+    """`pretrain`, between requests to stop."""
     mesh = make_mesh(config.devices)
+    if config.deterministic:
+        xla_flags.check_deterministic(mesh.devices.flat[0].platform)
     tiles = open_tiles(config.data)
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
@@ -56,12 +66,11 @@ def pretrain(config: PretrainConfig) -> Path:
     with (
         jax.set_mesh(mesh),
         locked(out),
-        open_checkpoints(out, config.keep) as checkpoints,
-        stop_requests() as stop,
+        open_checkpoints(out, config.keep, config.keep_every) as checkpoints,
     ):
         state = init_state(config, steps, steps_per_epoch, mesh, begin)
-        if checkpoints.latest_step is not None:
-            state = checkpoints.restore(state)
+        if (found := checkpoints.restore(state, {"data_hash": tiles.hash})) is not None:
+            state = found[1]
         start = int(state.step)
         tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
@@ -70,32 +79,32 @@ def pretrain(config: PretrainConfig) -> Path:
             process=jax.process_index(), processes=jax.process_count(),
         )  # fmt: skip
         with closing(feed), new_log(config, out, start, steps) as log:
-            pending = Pending(log, checkpoints)
+            pending = Pending(log, checkpoints, out, partial(batch_names, config, tiles))
+            saving = Saving(checkpoints, config.checkpoint_every, {"data_hash": tiles.hash})
             for step, batch, wait_s in timed(feed):
                 rows = to_global((batch.tiles, batch.sizes), mesh)
                 if step == 0:
                     draw_views(config, out, batch, rows)
-                state, metrics = train_step(state, *rows)
+                with stop.first_step(step == start):
+                    state, metrics = train_step(state, *rows)
+                if step == start:
+                    xla_flags.keep_autotune(out)
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, stop.is_set()
-                if last or stopping or (step + 1) % config.checkpoint_every == 0:
+                if saving.due(step + 1, now=last or stopping):
                     pending.flush()
-                    checkpoints.save_async(step + 1, state, {"data_hash": tiles.hash})
+                    saving.start(step + 1, state)
                 if stopping and not last:
-                    checkpoints.wait()
+                    saving.finish()
+                    log.finish()
                     raise Stopped(
                         f"{out}: stopped at step {step + 1} of {steps}, checkpoint written; start "
                         "the same line again."
                     )
-            checkpoints.wait()
+            saving.finish()
+            log.finish()
     draw_loss(config, out)
     return out
-
-
-class Stopped(RunError):
-    """Asked to stop and stopped in good order: start the same line again."""
-
-    exit_code = 75
 
 
 class Pending:
@@ -105,8 +114,15 @@ class Pending:
     step to work on meanwhile.
     """
 
-    def __init__(self, log: RunLog, checkpoints: Checkpoints) -> None:
-        self._log, self._checkpoints = log, checkpoints
+    def __init__(
+        self,
+        log: RunLog,
+        checkpoints: Checkpoints,
+        out: Path,
+        names: Callable[[int], list[str]],
+    ) -> None:
+        """Takes where to log, and `names` of the tiles in the batch of a step."""
+        self._log, self._checkpoints, self._out, self._names = log, checkpoints, out, names
         self._held: tuple[int, dict[str, Any], float] | None = None
 
     def record(self, step: int, metrics: dict[str, jax.Array], wait_s: float) -> None:
@@ -128,9 +144,23 @@ class Pending:
         self._log.scalars(step, metrics, wait_s)
         for name in ("loss", "grad_norm", "state_norm"):
             if not math.isfinite(metrics[name]):
-                raise RunError(self._sentence(step, name, metrics[name]))
+                listed = self._list_tiles(step, metrics)
+                raise RunError(self._sentence(step, name, metrics[name]) + listed)
+
+    def _list_tiles(self, step: int, metrics: dict[str, float]) -> str:
+        """Writes which tiles the batch held, and says where."""
+        path = self._out / f"nonfinite-{step}.json"
+        shown = {name: repr(value) for name, value in metrics.items()}  # JSON knows no NaN
+        content = {"step": step, "metrics": shown, "tiles": self._names(step)}
+        try:
+            if is_main():
+                write_atomically(path, json.dumps(content, indent=1) + "\n")
+        except OSError:  # a full disk must not hide what is said here
+            return ""
+        return f" {path} lists the batch's tiles."
 
     def _sentence(self, step: int, name: str, value: float) -> str:
+        self._checkpoints.settle()
         kept = self._checkpoints.latest_step
         good = "no checkpoint was written yet" if kept is None else f"checkpoint {kept} is kept"
         return (
@@ -147,6 +177,12 @@ def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) ->
         return f"starting from random weights, seed {config.seed}"
     whose = "its" if "projection" in begin[0] else "a new"
     return f"starting from {config.init}, with {whose} head"
+
+
+def batch_names(config: PretrainConfig, tiles: Tiles, step: int) -> list[str]:
+    """Where the tiles of the global batch come from whose step ends with `step` steps done."""
+    indices = global_indices(config.seed, step - 1, len(tiles), config.batch_size)
+    return [tiles.names(i) for i in indices.tolist()]
 
 
 def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> RunLog:
@@ -191,30 +227,6 @@ def draw_loss(config: PretrainConfig, out: Path) -> None:
         tell(f"{plots.loss_curve(read_metrics(out), chance, out / 'loss.png')}: the loss curve")
     except ImportError:
         tell("no loss.png: matplotlib is not installed; pip install 'jaxhisto[plots]'")
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, so that the loop ends with a checkpoint.
-
-    A second signal ends the process at once.
-    """
-    stop = threading.Event()
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def tell(text: str) -> None:

@@ -162,6 +162,28 @@ def test_a_record_that_cannot_be_read_names_its_part(tmp_path):
         TileStore(tmp_path / "s", verify=False)[0]
 
 
+@pytest.mark.parametrize("was_read", [False, True])
+@pytest.mark.parametrize("change", ["replaced", "edited", "removed"])
+def test_a_part_that_changed_since_opening_is_refused_by_name(tmp_path, change, was_read):
+    """Also where the new part is a sound one, which no checksum of its own would tell."""
+    manifest = write(tmp_path / "s", a=3, b=2)
+    other = write(tmp_path / "t", a=4)
+    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
+    theirs = tmp_path / "t" / other["slides"][0]["part"]["file"]
+    store = TileStore(tmp_path / "s")
+    if was_read:
+        assert store[0]["slide"] == "a"
+    if change == "replaced":
+        os.replace(theirs, part)
+    elif change == "edited":
+        part.write_bytes(theirs.read_bytes())
+    else:
+        part.unlink()
+    with pytest.raises(StoreError, match=rf"{part.name}: (changed|tile 0 cannot be read)"):
+        store[0]
+    assert store[3]["slide"] == "b"  # the others are as they were
+
+
 def test_what_is_not_a_store_is_said(tmp_path):
     assert not is_store(tmp_path)
     with pytest.raises(StoreError, match="no tile store here"):

@@ -197,6 +197,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_last_good_checkpoint(imag
     sentence = refused(pretrain(out, images, *flags, "--checkpoint-every", 1, "--steps", 60))
     assert re.search(r"step \d+: (loss|grad_norm|state_norm) is (nan|inf)", sentence)
     assert re.search(r"checkpoint \d+ is kept", sentence)
+    [listed] = out.glob("nonfinite-*.json")
+    assert f"{listed} lists the batch's tiles." in sentence
+    batch = json.loads(listed.read_text())
+    assert f"step {batch['step']}:" in sentence
+    assert not all(np.isfinite(float(value)) for value in batch["metrics"].values())
+    assert len(set(batch["tiles"])) == 8
+    assert set(batch["tiles"]) <= {str(path) for path in images.iterdir()}
     params, stats, _ = encoder(out)
     assert all(np.isfinite(leaf).all() for leaf in leaves((params, stats)))
 

@@ -1,0 +1,113 @@
+"""SIGTERM and Ctrl-C: the run ends in good order, saved where there is something to save.
+
+Three times are told apart. While a run starts (imports, checking the data, reading a checkpoint)
+nothing is lost by ending, so the request is an exception in the main thread. While the first step
+is compiled the main thread is inside XLA, minutes on some machines, and Python would deliver the
+signal only afterwards: a thread ends the process there. Once steps are taken, the loop looks at
+`is_set` after each, saves and raises `Stopped`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jaxhisto.errors import RunError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(RunError):
+    """Asked to stop and stopped in good order: start the same line again."""
+
+    exit_code = 75
+
+
+class _EndsStart(BaseException):
+    """A request while the run starts; no Exception, which a library's import might swallow."""
+
+
+class StopRequest:
+    """Whether the run was asked to stop, and what to do about it at this time."""
+
+    def __init__(self, out: str) -> None:
+        self._sentence = f"{out}: stopped before the first step; start the same line again."
+        self._asked = threading.Event()
+        self._starting, self._compiling = True, False
+
+    def is_set(self) -> bool:
+        """True once the run was asked to stop."""
+        return self._asked.is_set()
+
+    @contextmanager
+    def first_step(self, is_first: bool) -> Iterator[None]:
+        """Around the step that compiles: a request in here ends the process at once."""
+        if not is_first:
+            yield
+            return
+        self._compiling = True
+        try:
+            yield
+        finally:
+            self._compiling = self._starting = False
+
+    def ask(self, number: int, frame: Any) -> None:
+        """The signal handler; a second request ends the process at once."""
+        if self._asked.is_set():
+            os._exit(128 + number)
+        self._asked.set()
+        if self._starting:
+            raise _EndsStart
+
+    def watch(self, received: socket.socket) -> None:
+        """Runs in a thread of its own: sees a signal while the main thread is inside XLA."""
+        while numbers := received.recv(16):
+            if self._compiling and set(numbers) & set(SIGNALS):
+                shown = (
+                    "\x1b[?25h" if sys.stderr.isatty() else ""
+                )  # the progress bar hid the cursor
+                os.write(2, f"{shown}jaxhisto pretrain: {self._sentence}\n".encode())
+                os._exit(Stopped.exit_code)
+
+    def stopped_at_start(self) -> Stopped:
+        """The error of a run that was asked to stop before its first step."""
+        return Stopped(self._sentence)
+
+
+@contextmanager
+def stop_requests(out: str) -> Iterator[StopRequest]:
+    """Listens to SIGTERM and SIGINT until the block ends; in other threads than the main, to none.
+
+    Args:
+      out: the run folder, for the sentence.
+
+    Raises:
+      Stopped: asked to stop before the first step.
+    """
+    stop = StopRequest(out)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    received, sent = socket.socketpair()
+    sent.setblocking(False)
+    wakeup = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=stop.watch, args=(received,), name="stop", daemon=True)
+    watcher.start()
+    before = {number: signal.signal(number, stop.ask) for number in SIGNALS}
+    try:
+        yield stop
+    except _EndsStart:
+        raise stop.stopped_at_start() from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        sent.close()
+        watcher.join()
+        received.close()
