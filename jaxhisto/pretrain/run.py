@@ -8,21 +8,31 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxhisto import plots
 from jaxhisto.checkpoints import Checkpoints, open_checkpoints
 from jaxhisto.config import PretrainConfig
 from jaxhisto.data.loader import batches
 from jaxhisto.data.sources import Batch, open_tiles
-from jaxhisto.distributed import is_main, make_mesh, to_global
+from jaxhisto.distributed import (
+    agree,
+    held_together,
+    is_main,
+    main_first,
+    make_mesh,
+    own_rows,
+    to_global,
+)
 from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked, open_run
+from jaxhisto.pretrain.handshake import must_be_equal
 from jaxhisto.pretrain.plan import check_batch, schedule_length
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
@@ -50,10 +60,12 @@ def pretrain(config: PretrainConfig) -> Path:
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
     begin = starting_weights(config)
-    out = open_run(config, tiles)
+    agree(must_be_equal(config, tiles, begin))
+    out = main_first(lambda: open_run(config, tiles))
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
     with (
+        held_together(),
         jax.set_mesh(mesh),
         locked(out),
         open_checkpoints(out, config.keep) as checkpoints,
@@ -63,6 +75,7 @@ def pretrain(config: PretrainConfig) -> Path:
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(state)
         start = int(state.step)
+        agree({"run folder": {"newest checkpoint": start}})
         tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
         feed = batches(
@@ -77,7 +90,7 @@ def pretrain(config: PretrainConfig) -> Path:
                     draw_views(config, out, batch, rows)
                 state, metrics = train_step(state, *rows)
                 pending.record(step + 1, metrics, wait_s)
-                last, stopping = step + 1 == steps, stop.is_set()
+                last, stopping = step + 1 == steps, asked_to_stop(stop, step)
                 if last or stopping or (step + 1) % config.checkpoint_every == 0:
                     pending.flush()
                     checkpoints.save_async(step + 1, state, {"data_hash": tiles.hash})
@@ -149,8 +162,10 @@ def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) ->
     return f"starting from {config.init}, with {whose} head"
 
 
-def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> RunLog:
-    """The run's log, from step `start` on."""
+def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> Any:
+    """The run's log, from step `start` on; process 0 writes it."""
+    if not is_main():
+        return nullcontext(NoLog())
     return RunLog(
         out,
         start_step=start,
@@ -174,12 +189,11 @@ def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float
 def draw_views(config: PretrainConfig, out: Path, batch: Batch, rows: Any) -> None:
     """views.png: the first tiles of the first batch, and what the network sees of them."""
     views = jax.jit(augmented, static_argnums=0)(config, np.int32(0), *rows)
-    if is_main():
-        shown = np.asarray(views[:SHEET_TILES]) if views.is_fully_addressable else None
+    if is_main():  # whose own rows are the batch's first
+        shown = own_rows(views)[:SHEET_TILES]
         tiles = [t[:h, :w] for t, (h, w) in zip(batch.tiles, batch.sizes, strict=True)]
-        if shown is not None:
-            path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
-            tell(f"{path}: tiles and their two views")
+        path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
+        tell(f"{path}: tiles and their two views")
 
 
 def draw_loss(config: PretrainConfig, out: Path) -> None:
@@ -206,7 +220,8 @@ def stop_requests() -> Iterator[threading.Event]:
             os._exit(128 + number)
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():
+    # With several processes JAX listens for SIGTERM, see `asked_to_stop`.
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stop
         return
     before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -215,6 +230,21 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def asked_to_stop(stop: threading.Event, step: int) -> bool:
+    """Whether the run ends with this step (0-based); True in all processes at the same one.
+
+    A SIGTERM to any process reaches all; JAX picks a step that none has begun.
+    """
+    return stop.is_set() or multihost_utils.reached_preemption_sync_point(step)
+
+
+class NoLog:
+    """Takes what process 0 logs, in the others."""
+
+    def scalars(self, step: int, metrics: dict[str, float], wait_s: float) -> None:
+        """Writes nothing."""
 
 
 def tell(text: str) -> None:
