@@ -10,7 +10,7 @@ import glob
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxhisto.config import DistributedConfig
@@ -185,7 +185,7 @@ def _as_jax_finds(cluster: str, environ: Mapping[str, str], timeout: int) -> Lau
     return Launch(coordinator, processes, process, _devices(devices, environ))
 
 
-def _devices(found: list[int] | None, environ: Mapping[str, str]) -> tuple[int, ...] | None:
+def _devices(found: Sequence[int] | None, environ: Mapping[str, str]) -> tuple[int, ...] | None:
     """The GPUs of a task: JAX's answer, put right where it does not fit the allocation.
 
     JAX takes the one GPU whose number is the task's on its node. A task that was given one GPU

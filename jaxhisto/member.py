@@ -12,7 +12,7 @@ import time
 
 from jaxhisto import cli
 from jaxhisto.distributed import join, leave
-from jaxhisto.launch import MEMBER, Launch, inherited
+from jaxhisto.launch import MEMBER, inherited
 
 LINGER_S = 3.0
 

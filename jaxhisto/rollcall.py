@@ -234,7 +234,8 @@ def _clocks(records: Mapping[int, Message]) -> list[str]:
     """A warning for each host whose clock is off process 0's: dates in logs would mislead."""
     said = []
     for index, record in records.items():
-        off = float(record["time"]) - float(record.get("arrived", record["time"]))
+        sent = float(record["time"])
+        off = sent - float(record.get("arrived", sent))
         if abs(off) > CLOCKS_APART_S:
             said.append(
                 f"the clock of process {index} ({record['host']}) is {off:+.0f} s off that of "

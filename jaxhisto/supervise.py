@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO, Any
 
 from jaxhisto.launch import Launch, hostname
-from jaxhisto.rollcall import Called, Line, call_roll
+from jaxhisto.rollcall import Called, call_roll
 
 STOPPED = 75
 GRACE_S = 5.0
