@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.errors import JaxhistoError, RunError
-from jaxhisto.launch import Launch, hostname
+from jaxhisto.launch import Launch, hostname, inherited
 from jaxhisto.rollcall import differing
 
 Result = TypeVar("Result")
@@ -28,7 +29,7 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 """What collectives say when the process at their other end has gone."""
-PATIENCE_S = 30.0
+SLACK_S = 10.0
 
 
 def join(launch: Launch) -> None:
@@ -182,6 +183,7 @@ def held_together() -> Iterator[None]:
     except JaxhistoError:
         raise
     except Exception as error:
-        if jax.process_count() > 1 and LOST_PEER.search(str(error)):
-            time.sleep(PATIENCE_S)
+        supervised = inherited(os.environ)
+        if supervised is not None and LOST_PEER.search(str(error)):
+            time.sleep(supervised.heartbeat + SLACK_S)
         raise

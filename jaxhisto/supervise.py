@@ -103,14 +103,15 @@ class Child:
 
     def _pass_through(self, source: IO[bytes], to: IO[str]) -> None:
         fatal = False
-        for raw in source:
-            text = raw.decode(errors="replace")
-            self._tail.append(text)
-            # After this line the process is only writing its stack trace.
-            fatal = fatal or bool(FATAL.match(text))
-            if self._debug or not (fatal or NOISE.match(text)):
-                to.write(text)
-                to.flush()
+        with source:
+            for raw in source:
+                text = raw.decode(errors="replace")
+                self._tail.append(text)
+                # After this line the process is only writing its stack trace.
+                fatal = fatal or bool(FATAL.match(text))
+                if self._debug or not (fatal or NOISE.match(text)):
+                    to.write(text)
+                    to.flush()
 
 
 class Supervisor:
