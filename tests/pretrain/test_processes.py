@@ -12,15 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from pods import Pod, pod, refusals
 
+from jaxhisto.models import simclr
+from jaxhisto.pretrain.encoder import write_encoder
 from jaxhisto.runlog import read_metrics
 from jaxhisto.weights import read_encoder
 
-STEPS = 60
+STEPS = 40
 FLAGS = (
     *("pretrain", "--steps", STEPS, "--batch-size", 8, "--tile-px", 32, "--precision", "f32"),
     *("--model.name", "resnet10", "--checkpoint-every", 4, "--optim.temperature", 0.5),
@@ -194,17 +197,16 @@ def compare_with_one_process(out: Path, images: Path, alone: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     losses = [[entry["loss"] for entry in read_metrics(run)] for run in (out, alone)]
     assert len(losses[0]) == STEPS
+    # As in test_run.py for one process of four devices: rounding, which grows with the steps.
     np.testing.assert_allclose(*losses, rtol=2e-4)
-    from jaxhisto.pretrain.encoder import write_encoder
+    np.testing.assert_allclose(losses[0][:5], losses[1][:5], rtol=1e-6)
+    params, _ = simclr.init("resnet10", 128, 0)
+    ours, theirs = (read_encoder(write_encoder(run)[0])[0] for run in (out, alone))
+    trees = (jax.tree.leaves(tree) for tree in (ours, theirs, params))
+    apart = [norm(a - b) / norm(b - start) for a, b, start in zip(*trees, strict=True)]
+    print("weights differ by", max(apart), "of the way they went")
+    assert max(apart) < 0.05
 
-    ours, theirs = (read_encoder(write_encoder(run)[0])[:2] for run in (out, alone))
-    worst = max(relative(ours, theirs))
-    print("weights differ by", worst, "of their norm")
-    assert worst < 1e-4
 
-
-def relative(ours, theirs) -> list[float]:
-    import jax
-
-    leaves = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return [float(np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-12)) for a, b in leaves]
+def norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(np.ravel(x)))
