@@ -61,13 +61,15 @@ def pretrain(argv: Sequence[str]) -> int:
         from jaxhisto.supervise import supervise
 
         return supervise(launch, "pretrain", argv, run_record(config), config.out, debugging())
+    from jaxhisto.distributed import held_together
     from jaxhisto.pretrain.run import pretrain as train
 
     if config.init:
         from jaxhisto.torch_files import encoder_files
 
         config = replace(config, init=str(encoder_files(config.init)[0]))
-    out = train(config)
+    with held_together():
+        out = train(config)
     say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
 

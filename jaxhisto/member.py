@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 
 from jaxhisto import cli
 from jaxhisto.distributed import join, leave
 from jaxhisto.launch import MEMBER, inherited
+from jaxhisto.supervise import STOPPED, end_with_the_parent
 
 LINGER_S = 3.0
 
@@ -26,7 +26,7 @@ def main() -> int:
     end_with_the_parent(launch.parent)
     join(launch)
     code = cli.main(sys.argv[1:])
-    if code in (0, 75):
+    if code in (0, STOPPED):
         leave()
         return code
     sys.stdout.flush()
@@ -36,17 +36,6 @@ def main() -> int:
         time.sleep(LINGER_S)
     # Not by way of JAX's own end, which waits for processes that may be gone.
     os._exit(code)
-
-
-def end_with_the_parent(parent: int) -> None:
-    """Ends this process when its supervisor is killed: nobody would watch it any more."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -283,6 +283,17 @@ class Signals:
         self._child.send(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
 
 
+def end_with_the_parent(parent: int) -> None:
+    """Ends this process when its supervisor is killed: nobody would watch it any more."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def newest_checkpoint(run: str) -> int | None:
     """The step of a run's newest checkpoint, by the names in its folder; none without one."""
     folder = Path(run) / "checkpoints"

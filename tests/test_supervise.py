@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -157,6 +158,21 @@ def test_the_first_signal_asks_and_the_second_kills(capfd):
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)
+
+
+def test_a_child_ends_when_its_parent_is_killed():
+    child = "import os, time; from jaxhisto.supervise import end_with_the_parent as end; "
+    child += "end(os.getppid()); print(os.getpid(), flush=True); time.sleep(60)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline()
+        process.kill()
+        # The pipe is at its end when nobody holds it any more, the child neither.
+        began = time.monotonic()
+        assert process.stdout.read() == ""
+        assert time.monotonic() - began < 10
 
 
 def test_the_newest_checkpoint_is_read_off_the_folder(tmp_path):

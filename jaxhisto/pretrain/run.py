@@ -23,7 +23,6 @@ from jaxhisto.data.loader import batches
 from jaxhisto.data.sources import Batch, open_tiles
 from jaxhisto.distributed import (
     agree,
-    held_together,
     is_main,
     main_first,
     make_mesh,
@@ -65,7 +64,6 @@ def pretrain(config: PretrainConfig) -> Path:
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
     with (
-        held_together(),
         jax.set_mesh(mesh),
         locked(out),
         open_checkpoints(out, config.keep) as checkpoints,
