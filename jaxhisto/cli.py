@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from shlex import quote
 from jaxhisto import __version__
 from jaxhisto.config import (
     DemoConfig,
+    DistributedConfig,
+    DoctorConfig,
     ExportConfig,
     ImportConfig,
     PretrainConfig,
@@ -22,6 +25,8 @@ from jaxhisto.config import (
 )
 from jaxhisto.errors import JaxhistoError
 from jaxhisto.flags import parse
+from jaxhisto.launch import MEMBER, Launch, find, inherited
+from jaxhisto.runlog import run_record, versions_record
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -51,20 +56,27 @@ def tile(argv: Sequence[str]) -> int:
 def pretrain(argv: Sequence[str]) -> int:
     """tiles -> a trained encoder (SimCLR)"""
     config = parse(PretrainConfig, argv, "pretrain")
+    if config.deterministic:
+        from jaxhisto.xla_flags import make_deterministic
+
+        make_deterministic(config.out)
+    launch = several(config.distributed)
+    if launch is not None:
+        from jaxhisto.supervise import supervise
+
+        return supervise(launch, "pretrain", argv, run_record(config), config.out, debugging())
     from jaxhisto.pretrain.stopping import stop_requests
 
     with stop_requests(config.out):  # importing JAX takes seconds, in which a request may come
-        if config.deterministic:
-            from jaxhisto.xla_flags import make_deterministic
-
-            make_deterministic(config.out)
+        from jaxhisto.distributed import held_together
         from jaxhisto.pretrain.run import pretrain as train
 
         if config.init:
             from jaxhisto.torch_files import encoder_files
 
             config = replace(config, init=str(encoder_files(config.init)[0]))
-        out = train(config)
+        with held_together():
+            out = train(config)
     say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
 
@@ -108,9 +120,25 @@ def zoo(argv: Sequence[str]) -> int:
 
 def doctor(argv: Sequence[str]) -> int:
     """what is installed, whether it works, and what to do where it does not"""
+    config = parse(DoctorConfig, argv, "doctor")
+    launch = several(config.distributed) if config.pod else None
+    if launch is not None:
+        from jaxhisto.supervise import supervise
+
+        return supervise(launch, "doctor", argv, versions_record(), debug=debugging())
     from jaxhisto.doctor import examine
 
-    return examine(argv)
+    return examine(config)
+
+
+def several(config: DistributedConfig) -> Launch | None:
+    """This process's place where several are to work together and nobody has placed it yet."""
+    return None if MEMBER in os.environ else find(config, os.environ)
+
+
+def debugging() -> bool:
+    """Whether `--debug` is on."""
+    return logging.getLogger("jaxhisto").isEnabledFor(logging.DEBUG)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -179,8 +207,10 @@ def usage() -> str:
 
 
 def say_next(command: str) -> None:
-    """The last line printed is the next command to type."""
-    print(f"next: {command}")
+    """The last line printed is the next command to type, once for all processes."""
+    member = inherited(os.environ)
+    if member is None or member.process == 0:
+        print(f"next: {command}")
 
 
 if __name__ == "__main__":

@@ -183,6 +183,23 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes; docs/pods.md has the lines for each kind of cluster."""
+
+    coordinator: str = field(default="", metadata=OPERATIONAL)
+    """host:port of process 0; empty: JAXHISTO_COORDINATOR, else what JAX finds (Slurm, Open MPI,
+    Cloud TPU, Kubernetes), else one process."""
+    processes: int | None = within(None, 1, 1 << 20, operational=True)
+    """How many there are; none: JAXHISTO_PROCESSES, or as JAX finds; 1: train alone."""
+    process: int | None = within(None, 0, 1 << 20, operational=True)
+    """Which one this is, from 0; none: JAXHISTO_PROCESS, or as JAX finds."""
+    start_timeout: int = within(300, 1, MANY, operational=True)
+    """Seconds that processes wait for each other at the start."""
+    heartbeat: int = within(20, 2, 3600, operational=True)
+    """Seconds of silence after which a process counts as lost."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Train an encoder on tiles without labels (SimCLR)."""
 
@@ -225,6 +242,7 @@ class PretrainConfig:
     """Steps between progress lines where there is no terminal; every step is recorded."""
     tensorboard: bool = field(default=False, metadata=OPERATIONAL)
     """Also write TensorBoard events (extra `tensorboard`)."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
@@ -336,6 +354,18 @@ class DemoConfig:
     """Encoder."""
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is installed, whether it works, and what to do where it does not."""
+
+    pod: bool = False
+    """Instead: prove on these devices that all of them together train as one alone does. Start
+    the same line on every host of a pod."""
+    devices: int = within(0, 0, MANY)
+    """Of `pod`: devices to compare with one, over all processes; 0: all."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
 def check(config: Config) -> Config:
     """The same config, once every number is inside its range.
 
@@ -368,6 +398,20 @@ def from_json(cls: type[Config], text: str) -> Config:
 def identity(config: Any) -> dict[str, Any]:
     """The dotted fields that make two runs the same run: all that are not operational."""
     return {name: value for name, value, meta in _leaves(config) if not meta.get("operational")}
+
+
+MAY_DIFFER = {"data.stores", "data.threads", "data.prefetch", "log_every", "tensorboard"}
+"""Fields that may differ between the processes of one run: where the data lies on a host (its
+hash may not differ), and what changes neither a batch nor a checkpoint."""
+
+
+def common(config: Any) -> dict[str, Any]:
+    """The dotted fields that all processes of one run must hold alike, operational ones too."""
+    return {
+        name: value
+        for name, value, _ in _leaves(config)
+        if name not in MAY_DIFFER and not name.startswith("distributed.")
+    }
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

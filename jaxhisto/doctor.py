@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+from jaxhisto.config import DoctorConfig
 from jaxhisto.runlog import environment
 
 FREE_GB = 5
@@ -23,11 +23,15 @@ REMEDIES = {
 OPTIONAL = {"torch": "export", "torchvision": "demo", "matplotlib": "plots"}
 
 
-def examine(argv: Sequence[str]) -> int:
-    """Runs every check, prints a line each; returns 1 if one failed."""
-    if argv:
-        print("usage: jaxhisto doctor  (it takes no settings)", file=sys.stderr)
-        return 0 if argv[0] in ("-h", "--help") else 2
+def examine(config: DoctorConfig) -> int:
+    """Runs every check, prints a line each; returns 1 if one failed.
+
+    With `config.pod` set, compares these devices with one instead.
+    """
+    if config.pod:
+        from jaxhisto.pretrain.pod import prove
+
+        return prove(config.devices)
     failed = [check.__name__ for check in CHECKS if not passed(check)]
     print("all well" if not failed else f"to mend: {', '.join(failed)}")
     return 1 if failed else 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jaxhisto.config import PretrainConfig, common
 from jaxhisto.errors import RunError
 
 PACKAGES = ("jaxhisto", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -195,6 +196,18 @@ def environment(devices: list[str]) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def run_record(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    """Settings and versions that all processes of a run must hold alike, by kind and name."""
+    return {"settings": common(config), **versions_record()}
+
+
+def versions_record() -> dict[str, dict[str, Any]]:
+    """Versions that must be the same on all hosts of a pod."""
+    found = environment([])
+    python = ".".join(found["python"].split(".")[:2])
+    return {"versions": {"python": python, **found["versions"]}}
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:

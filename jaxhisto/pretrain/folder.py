@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +17,14 @@ from jaxhisto.config import PretrainConfig
 from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import is_main
 from jaxhisto.errors import RunError
+from jaxhisto.launch import hostname
 from jaxhisto.pretrain.plan import schedule_length
 from jaxhisto.runlog import environment, write_atomically
 
 BEGUN = {"env.json", "data.json", ".lock"}
 """What a start that was killed before its config.json may leave; it counts as nothing."""
+SHARED_S = 15.0
+"""How long a new file may take to be seen by the other hosts of a shared file system."""
 
 
 def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
@@ -45,7 +49,20 @@ def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
         write_atomically(out / "env.json", json.dumps(environment(devices), indent=1) + "\n")
         write_atomically(out / "data.json", json.dumps(described(tiles), indent=1) + "\n")
         write_atomically(found, settings.to_json(config))
+    elif not appears(found):
+        raise RunError(
+            f"{out}: process 0 made it, and it is not there on {hostname()}; give --out a folder "
+            "on a file system that all hosts share."
+        )
     return out
+
+
+def appears(path: Path) -> bool:
+    """Whether a file that another host wrote is there, or comes: NFS shows it a little later."""
+    deadline = time.monotonic() + SHARED_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return path.exists()
 
 
 def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:

@@ -6,22 +6,31 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxhisto import plots, xla_flags
 from jaxhisto.checkpoints import Checkpoints, open_checkpoints
 from jaxhisto.config import PretrainConfig
 from jaxhisto.data.loader import batches, global_indices
 from jaxhisto.data.sources import Batch, Tiles, open_tiles
-from jaxhisto.distributed import is_main, make_mesh, to_global
+from jaxhisto.distributed import (
+    agree,
+    is_main,
+    main_first,
+    make_mesh,
+    own_rows,
+    to_global,
+)
 from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked, open_run
+from jaxhisto.pretrain.handshake import must_be_equal
 from jaxhisto.pretrain.plan import check_batch, schedule_length
 from jaxhisto.pretrain.saving import Saving
 from jaxhisto.pretrain.start import starting_weights
@@ -60,7 +69,8 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
     begin = starting_weights(config)
-    out = open_run(config, tiles)
+    agree(must_be_equal(config, tiles, begin))
+    out = main_first(lambda: open_run(config, tiles))
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
     with (
@@ -72,6 +82,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         if (found := checkpoints.restore(state, {"data_hash": tiles.hash})) is not None:
             state = found[1]
         start = int(state.step)
+        agree({"run folder": {"newest checkpoint": start}})
         tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
         feed = batches(
@@ -90,7 +101,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
                 if step == start:
                     xla_flags.keep_autotune(out)
                 pending.record(step + 1, metrics, wait_s)
-                last, stopping = step + 1 == steps, stop.is_set()
+                last, stopping = step + 1 == steps, asked_to_stop(stop, step)
                 if saving.due(step + 1, now=last or stopping):
                     pending.flush()
                     saving.start(step + 1, state)
@@ -185,8 +196,10 @@ def batch_names(config: PretrainConfig, tiles: Tiles, step: int) -> list[str]:
     return [tiles.names(i) for i in indices.tolist()]
 
 
-def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> RunLog:
-    """The run's log, from step `start` on."""
+def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> Any:
+    """The run's log, from step `start` on; process 0 writes it."""
+    if not is_main():
+        return nullcontext(NoLog())
     return RunLog(
         out,
         start_step=start,
@@ -210,12 +223,11 @@ def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float
 def draw_views(config: PretrainConfig, out: Path, batch: Batch, rows: Any) -> None:
     """views.png: the first tiles of the first batch, and what the network sees of them."""
     views = jax.jit(augmented, static_argnums=0)(config, np.int32(0), *rows)
-    if is_main():
-        shown = np.asarray(views[:SHEET_TILES]) if views.is_fully_addressable else None
+    if is_main():  # whose own rows are the batch's first
+        shown = own_rows(views)[:SHEET_TILES]
         tiles = [t[:h, :w] for t, (h, w) in zip(batch.tiles, batch.sizes, strict=True)]
-        if shown is not None:
-            path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
-            tell(f"{path}: tiles and their two views")
+        path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
+        tell(f"{path}: tiles and their two views")
 
 
 def draw_loss(config: PretrainConfig, out: Path) -> None:
@@ -227,6 +239,25 @@ def draw_loss(config: PretrainConfig, out: Path) -> None:
         tell(f"{plots.loss_curve(read_metrics(out), chance, out / 'loss.png')}: the loss curve")
     except ImportError:
         tell("no loss.png: matplotlib is not installed; pip install 'jaxhisto[plots]'")
+
+
+def asked_to_stop(stop: StopRequest, step: int) -> bool:
+    """Whether the run ends with this step (0-based); True in all processes at the same one.
+
+    With several processes JAX listens for SIGTERM: one to any of them reaches all, at a step that
+    none has begun.
+    """
+    return stop.is_set() or multihost_utils.reached_preemption_sync_point(step)
+
+
+class NoLog:
+    """Takes what process 0 logs, in the others."""
+
+    def scalars(self, step: int, metrics: dict[str, float], wait_s: float) -> None:
+        """Writes nothing."""
+
+    def finish(self) -> None:
+        """Writes nothing."""
 
 
 def tell(text: str) -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxhisto.errors import RunError
+from jaxhisto.launch import MEMBER
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -69,9 +70,8 @@ class StopRequest:
         """Runs in a thread of its own: sees a signal while the main thread is inside XLA."""
         while numbers := received.recv(16):
             if self._compiling and set(numbers) & set(SIGNALS):
-                shown = (
-                    "\x1b[?25h" if sys.stderr.isatty() else ""
-                )  # the progress bar hid the cursor
+                # The progress bar hid the cursor.
+                shown = "\x1b[?25h" if sys.stderr.isatty() else ""
                 os.write(2, f"{shown}jaxhisto pretrain: {self._sentence}\n".encode())
                 os._exit(Stopped.exit_code)
 
@@ -84,6 +84,9 @@ class StopRequest:
 def stop_requests(out: str) -> Iterator[StopRequest]:
     """Listens to SIGTERM and SIGINT until the block ends; in other threads than the main, to none.
 
+    Nor in one of several processes that train together: there JAX listens to SIGTERM, so that all
+    stop at the same step.
+
     Args:
       out: the run folder, for the sentence.
 
@@ -91,7 +94,7 @@ def stop_requests(out: str) -> Iterator[StopRequest]:
       Stopped: asked to stop before the first step.
     """
     stop = StopRequest(out)
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or MEMBER in os.environ:
         yield stop
         return
     received, sent = socket.socketpair()
