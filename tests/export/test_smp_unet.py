@@ -41,7 +41,7 @@ def tiles_and_masks(side: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trained(arch: str, side: int, steps: int, seed: int = 0) -> tuple[dict, dict, list[float]]:
-    """(params, batch_stats, losses) after some steps of Adam on whole masks, or none."""
+    """(params, batch_stats, losses) after a few steps of Adam on whole masks."""
     tiles, masks = tiles_and_masks(side)
     images = (tiles.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     graphdef, _, _ = unet.structure(arch, len(NAMES))
@@ -332,10 +332,24 @@ def test_names_and_shapes_are_smps(arch: str, classes: int) -> None:
     }
 
 
+def as_in_trained(path: tuple, leaf: np.ndarray) -> np.ndarray:
+    """BatchNorm's numbers of a size that keeps an untrained ResNet101 well-conditioned.
+
+    With the statistics of a batch of eight, PyTorch's own float32 is 1.2e-4 from its float64;
+    with scales this small in the decoder too, nothing of the image would reach the logits.
+    """
+    rng = np.random.default_rng(leaf.size)
+    scale = (0.2, 0.6) if path[0].key == "encoder" else (0.9, 1.3)
+    span = {"scale": scale, "mean": (-0.1, 0.1), "var": (0.8, 1.2)}.get(path[-1].key)
+    return leaf if span is None else rng.uniform(*span, leaf.shape).astype(np.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnet101"])
 def test_every_depth(arch: str, tmp_path: Path) -> None:
-    params, stats, _ = trained(arch, side=32, steps=0)  # its compilation takes a minute
+    params, stats = (
+        jax.tree.map_with_path(as_in_trained, tree) for tree in unet.init(arch, len(NAMES), seed=0)
+    )
     made = write(tmp_path, arch, params, stats, tile_px=32)
     out = tmp_path / "unet.pth"
     assert main(["export", str(made.file), "--layout", "smp", "--out", str(out)]) == 0
@@ -343,4 +357,5 @@ def test_every_depth(arch: str, tmp_path: Path) -> None:
     assert result.problems == []
     tiles = golden_tiles(64)
     theirs, ours = logits_there(loaded(out, arch), tiles), logits_here(made, arch, tiles)
-    assert np.abs(ours - theirs).max() < 1e-4 * max(1.0, np.abs(theirs).max())
+    assert theirs.std(axis=(0, 2, 3)).min() > 0.05 * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()

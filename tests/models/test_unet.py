@@ -56,13 +56,15 @@ def randomised(model: torch.nn.Module, bias: float = 0.0) -> torch.nn.Module:
     blocks = [block for block in model.modules() if hasattr(block, "bn2")]
     last = {block.bn3 if hasattr(block, "bn3") else block.bn2 for block in blocks}
     with torch.no_grad():
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 shift = bias / 3 if module in last else bias
-                module.weight.uniform_(0.2, 0.6)
+                # Smaller in the decoder too, nothing of the image would reach the logits.
+                low, high = (0.2, 0.6) if name.startswith("encoder") else (0.9, 1.3)
+                module.weight.uniform_(low, high)
                 module.bias.copy_(module.weight * (0.3 * torch.randn_like(module.bias) + shift))
                 module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.8, 1.6)
+                module.running_var.uniform_(0.8, 1.2)
     return model
 
 
@@ -106,8 +108,8 @@ def test_logits_are_smps(arch: str) -> None:
 
 
 def share(ours: jax.Array, theirs: np.ndarray) -> float:
-    """The largest difference, as a share of the largest value, which is no rounding itself."""
-    assert theirs.std() > 1e-3
+    """The largest difference of (N, H, W, classes) as a share of the largest value."""
+    assert theirs.std(axis=(0, 1, 2)).min() > 0.03 * np.abs(theirs).max()  # the image is in it
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
