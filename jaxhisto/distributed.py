@@ -49,6 +49,12 @@ def to_global(arrays: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, arrays)
 
 
+def own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of an array sharded over `data` that lie on this process's devices, in order."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def is_main() -> bool:
     """True in the one process that writes logs, checkpoints and reports."""
     return jax.process_index() == 0

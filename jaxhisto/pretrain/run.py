@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import numpy as np
 from jaxhisto import plots
 from jaxhisto.checkpoints import Checkpoints, open_checkpoints
 from jaxhisto.config import PretrainConfig
-from jaxhisto.data.loader import batches
-from jaxhisto.data.sources import Batch, open_tiles
-from jaxhisto.distributed import is_main, make_mesh, to_global
+from jaxhisto.data.sources import open_tiles
+from jaxhisto.distributed import is_main, make_mesh, own_rows
 from jaxhisto.errors import RunError
+from jaxhisto.pretrain.feed import PlacedBatch, open_feed
 from jaxhisto.pretrain.folder import locked, open_run
 from jaxhisto.pretrain.plan import check_batch, schedule_length
+from jaxhisto.pretrain.room import step_bytes
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
 from jaxhisto.runlog import RunLog, read_metrics
@@ -65,17 +67,14 @@ def pretrain(config: PretrainConfig) -> Path:
         start = int(state.step)
         tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
-        feed = batches(
-            tiles, config.data, config.batch_size, config.seed, start, steps,
-            process=jax.process_index(), processes=jax.process_count(),
-        )  # fmt: skip
+        taken = partial(step_bytes, train_step, state, config, tiles, mesh)
+        feed = open_feed(config, tiles, mesh, start, steps, taken)
         with closing(feed), new_log(config, out, start, steps) as log:
             pending = Pending(log, checkpoints)
             for step, batch, wait_s in timed(feed):
-                rows = to_global((batch.tiles, batch.sizes), mesh)
                 if step == 0:
-                    draw_views(config, out, batch, rows)
-                state, metrics = train_step(state, *rows)
+                    draw_views(config, out, batch)
+                state, metrics = train_step(state, batch.tiles, batch.sizes)
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, stop.is_set()
                 if last or stopping or (step + 1) % config.checkpoint_every == 0:
@@ -161,7 +160,7 @@ def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> RunLog
     )
 
 
-def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float]]:
+def timed(feed: Iterator[tuple[int, PlacedBatch]]) -> Iterator[tuple[int, PlacedBatch, float]]:
     """(step, batch, seconds waited for it)."""
     while True:
         asked = time.perf_counter()
@@ -171,15 +170,15 @@ def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float
         yield *item, time.perf_counter() - asked
 
 
-def draw_views(config: PretrainConfig, out: Path, batch: Batch, rows: Any) -> None:
+def draw_views(config: PretrainConfig, out: Path, batch: PlacedBatch) -> None:
     """views.png: the first tiles of the first batch, and what the network sees of them."""
+    rows = (batch.tiles, batch.sizes)
     views = jax.jit(augmented, static_argnums=0)(config, np.int32(0), *rows)
-    if is_main():
-        shown = np.asarray(views[:SHEET_TILES]) if views.is_fully_addressable else None
-        tiles = [t[:h, :w] for t, (h, w) in zip(batch.tiles, batch.sizes, strict=True)]
-        if shown is not None:
-            path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
-            tell(f"{path}: tiles and their two views")
+    if is_main():  # whose own rows are the batch's first
+        tiles, sizes, shown = (own_rows(array)[:SHEET_TILES] for array in (*rows, views))
+        cut = [t[:h, :w] for t, (h, w) in zip(tiles, sizes, strict=True)]
+        path = plots.view_sheet(cut, shown, out / "views.png")
+        tell(f"{path}: tiles and their two views")
 
 
 def draw_loss(config: PretrainConfig, out: Path) -> None:
