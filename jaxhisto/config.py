@@ -87,6 +87,9 @@ class DataConfig:
     """Threads that read and decode; 0: one a core."""
     prefetch: int = within(4, 0, MANY, operational=True)
     """Batches decoded ahead."""
+    cache: Literal["none", "host", "device"] = field(default="none", metadata=OPERATIONAL)
+    """Decode each tile once, at the start, and keep it: `host`, in the memory of each process;
+    `device`, shared out among the memories of the devices; `none`: read each batch anew."""
 
 
 @dataclass(frozen=True)

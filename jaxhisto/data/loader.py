@@ -48,10 +48,22 @@ def batches(
         read, which is named.
       ConfigError: on the call, rows that do not divide among the processes.
     """
-    if batch_size > len(tiles):
+    rows = process_rows(tiles.name, len(tiles), batch_size, process, processes)
+    pieces = _Pieces(tiles, batch_size, seed, range(start_step, stop_step), rows)
+    return _joined(pieces, config)
+
+
+def process_rows(name: str, n_tiles: int, batch_size: int, process: int, processes: int) -> range:
+    """The rows of a global batch that are a process's: p*N/processes onwards.
+
+    Raises:
+      StoreError: fewer tiles than rows; `name` says of what.
+      ConfigError: rows that do not divide among the processes.
+    """
+    if batch_size > n_tiles:
         raise StoreError(
-            f"{tiles.name}: {len(tiles)} tiles cannot fill a batch of {batch_size} without "
-            f"repeating some; pass --batch-size {len(tiles)} or less, or add data."
+            f"{name}: {n_tiles} tiles cannot fill a batch of {batch_size} without "
+            f"repeating some; pass --batch-size {n_tiles} or less, or add data."
         )
     if batch_size < 1 or batch_size % processes:
         raise ConfigError(
@@ -59,9 +71,12 @@ def batches(
             f"pass a multiple of {processes}."
         )
     n = batch_size // processes
-    rows = range(process * n, (process + 1) * n)
-    pieces = _Pieces(tiles, batch_size, seed, range(start_step, stop_step), rows)
-    return _joined(pieces, config)
+    return range(process * n, (process + 1) * n)
+
+
+def cores() -> int:
+    """The cores this process may use: fewer than the machine's in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def global_indices(seed: int, step: int, n_tiles: int, batch_size: int) -> NDArray[np.int64]:
@@ -113,7 +128,7 @@ def _joined(pieces: _Pieces, config: DataConfig) -> Generator[tuple[int, Batch],
     a_step = len(pieces.parts)
     ahead = config.prefetch * a_step
     # A queue shorter than the threads would leave some idle, and Grain complains.
-    threads = min(config.threads or _cores(), max(ahead, 1))
+    threads = min(config.threads or cores(), max(ahead, 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(pieces).to_iter_dataset(options)
     # Joining copies a whole batch; a thread of its own keeps that out of the training loop.
@@ -136,11 +151,6 @@ def _join(pieces: Sequence[Batch]) -> Batch:
         np.concatenate([piece.tiles for piece in pieces]),
         np.concatenate([piece.sizes for piece in pieces]),
     )
-
-
-def _cores() -> int:
-    # The cores this process may use: fewer than the machine's in a container or under taskset.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _indices(seed: int, step: int, n_tiles: int, batch_size: int, rows: range) -> NDArray[np.int64]:

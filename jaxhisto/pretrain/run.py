@@ -18,20 +18,15 @@ from jax.experimental import multihost_utils
 from jaxhisto import plots, xla_flags
 from jaxhisto.checkpoints import Checkpoints, open_checkpoints
 from jaxhisto.config import PretrainConfig
-from jaxhisto.data.loader import batches, global_indices
-from jaxhisto.data.sources import Batch, Tiles, open_tiles
-from jaxhisto.distributed import (
-    agree,
-    is_main,
-    main_first,
-    make_mesh,
-    own_rows,
-    to_global,
-)
+from jaxhisto.data.loader import global_indices
+from jaxhisto.data.sources import Tiles, open_tiles
+from jaxhisto.distributed import agree, is_main, main_first, make_mesh, own_rows
 from jaxhisto.errors import RunError
+from jaxhisto.pretrain.feed import PlacedBatch, open_feed
 from jaxhisto.pretrain.folder import locked, open_run
 from jaxhisto.pretrain.handshake import must_be_equal
 from jaxhisto.pretrain.plan import check_batch, schedule_length
+from jaxhisto.pretrain.room import step_bytes
 from jaxhisto.pretrain.saving import Saving
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
@@ -85,19 +80,16 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         agree({"run folder": {"newest checkpoint": start}})
         tell(whence(config, begin, start))
         train_step = make_train_step(config, steps, steps_per_epoch)
-        feed = batches(
-            tiles, config.data, config.batch_size, config.seed, start, steps,
-            process=jax.process_index(), processes=jax.process_count(),
-        )  # fmt: skip
+        taken = partial(step_bytes, train_step, state, config, tiles, mesh)
+        feed = open_feed(config, tiles, mesh, start, steps, taken)
         with closing(feed), new_log(config, out, start, steps) as log:
             pending = Pending(log, checkpoints, out, partial(batch_names, config, tiles))
             saving = Saving(checkpoints, config.checkpoint_every, {"data_hash": tiles.hash})
             for step, batch, wait_s in timed(feed):
-                rows = to_global((batch.tiles, batch.sizes), mesh)
                 if step == 0:
-                    draw_views(config, out, batch, rows)
+                    draw_views(config, out, batch)
                 with stop.first_step(step == start):
-                    state, metrics = train_step(state, *rows)
+                    state, metrics = train_step(state, batch.tiles, batch.sizes)
                 if step == start:
                     xla_flags.keep_autotune(out)
                 pending.record(step + 1, metrics, wait_s)
@@ -210,7 +202,7 @@ def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> Any:
     )
 
 
-def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float]]:
+def timed(feed: Iterator[tuple[int, PlacedBatch]]) -> Iterator[tuple[int, PlacedBatch, float]]:
     """(step, batch, seconds waited for it)."""
     while True:
         asked = time.perf_counter()
@@ -220,13 +212,14 @@ def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float
         yield *item, time.perf_counter() - asked
 
 
-def draw_views(config: PretrainConfig, out: Path, batch: Batch, rows: Any) -> None:
+def draw_views(config: PretrainConfig, out: Path, batch: PlacedBatch) -> None:
     """views.png: the first tiles of the first batch, and what the network sees of them."""
+    rows = (batch.tiles, batch.sizes)
     views = jax.jit(augmented, static_argnums=0)(config, np.int32(0), *rows)
     if is_main():  # whose own rows are the batch's first
-        shown = own_rows(views)[:SHEET_TILES]
-        tiles = [t[:h, :w] for t, (h, w) in zip(batch.tiles, batch.sizes, strict=True)]
-        path = plots.view_sheet(tiles[: len(shown)], shown, out / "views.png")
+        tiles, sizes, shown = (own_rows(array)[:SHEET_TILES] for array in (*rows, views))
+        cut = [t[:h, :w] for t, (h, w) in zip(tiles, sizes, strict=True)]
+        path = plots.view_sheet(cut, shown, out / "views.png")
         tell(f"{path}: tiles and their two views")
 
 
