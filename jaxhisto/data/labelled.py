@@ -28,7 +28,7 @@ SHOWN = 10
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Images with a class each, in the order of their names.
+    """Images with a class each, in the order of the CSV file, or of their names.
 
     Fields:
       folder: what the names are relative to.
@@ -286,7 +286,7 @@ def _joined(
             near = difflib.get_close_matches(name, found, 1) or found
             raise StoreError(f"{table}: no image of class {name!r}; there is {_few(near)}.")
     kept = list(classes) or found
-    names = [name for name in images if name in labelled and labelled[name][0] in kept]
+    names = [name for name, row in labelled.items() if row[0] in kept]
     if len(kept) < 2:
         what = f"all {len(names)} images are {kept[0]}" if kept else "no image has a label"
         remedy = "put each class into a folder of its own" if table == folder else "name another"
