@@ -23,7 +23,7 @@ from jaxhisto.data.images import ImageError, decode_image
 from jaxhisto.data.sources import FolderSource, StoreSource, Tiles, image_names
 from jaxhisto.errors import StoreError
 
-SHOWN = 10
+SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +194,14 @@ class Labelled:
         clauses = []
         same = [n for n, digest in zip(self.names, digests, strict=True) if digest in files]
         if same:
-            clauses.append(f"{len(same):,} of {len(self):,} images are trained on ({_few(same)})")
+            clauses.append(
+                f"{len(same):,} of {len(self):,} images are in the training data ({_few(same)})"
+            )
         slides = {id for s in tiles.sources if isinstance(s, StoreSource) for id in s.slides}
         stems = slides | {slide.rpartition(".")[0] for slide in slides}
         shared = sorted(set(self.groups or ()) & stems)
         if shared:
-            clauses.append(f"{len(shared)} groups are slides that are trained on ({_few(shared)})")
+            clauses.append(f"{len(shared)} groups are slides of the training data ({_few(shared)})")
         return clauses
 
     def _test_groups(self, test: Sequence[str], seed: int) -> set[str]:

@@ -6,8 +6,7 @@ import math
 import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,26 @@ from jaxhisto.data.sources import Batch, open_tiles
 from jaxhisto.distributed import is_main, make_mesh, to_global
 from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked, open_run
+from jaxhisto.pretrain.monitor import CollapseGuard, Monitor
 from jaxhisto.pretrain.plan import check_batch, schedule_length
+from jaxhisto.pretrain.profiling import check_profile, profiled
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
+from jaxhisto.pretrain.timing import StepClock
+from jaxhisto.pretrain.trust import report_trust_ratios
 from jaxhisto.runlog import RunLog, read_metrics
 
 SHEET_TILES = 8
+
+Times = Callable[[], dict[str, float]]
 
 
 def pretrain(config: PretrainConfig) -> Path:
     """Trains until the last step of the config, or goes on where RUN stopped.
 
     Returns:
-      The run folder: config.json, data.json, env.json, views.png, metrics.jsonl, checkpoints/,
-      loss.png.
+      The run folder: config.json, data.json, env.json, views.png, trust_ratios.csv,
+      metrics.jsonl, monitor.jsonl where asked for, checkpoints/, loss.png.
 
     Raises:
       StoreError: data that is missing, damaged or smaller than a batch.
@@ -49,6 +54,8 @@ def pretrain(config: PretrainConfig) -> Path:
     tiles = open_tiles(config.data)
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
+    check_profile(config.profile, steps)
+    monitor = Monitor(config, tiles, mesh, steps, steps_per_epoch, tell)
     begin = starting_weights(config)
     out = open_run(config, tiles)
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
@@ -64,23 +71,38 @@ def pretrain(config: PretrainConfig) -> Path:
             state = checkpoints.restore(state)
         start = int(state.step)
         tell(whence(config, begin, start))
-        train_step = make_train_step(config, steps, steps_per_epoch)
+        monitor.open(out, start)
+        compiled = make_train_step(config, steps, steps_per_epoch)
         feed = batches(
             tiles, config.data, config.batch_size, config.seed, start, steps,
             process=jax.process_index(), processes=jax.process_count(),
         )  # fmt: skip
-        with closing(feed), new_log(config, out, start, steps) as log:
-            pending = Pending(log, checkpoints)
-            for step, batch, wait_s in timed(feed):
+        with (
+            closing(feed),
+            new_log(config, out, start, steps) as log,
+            profiled(config.profile, out, start, compiled, tell) as train_step,
+        ):
+            clock = StepClock()
+            pending = Pending(log, checkpoints, clock, monitor.guard)
+            for step, batch, wait_s in clock.timed(feed):
                 rows = to_global((batch.tiles, batch.sizes), mesh)
                 if step == 0:
                     draw_views(config, out, batch, rows)
+                    if monitor.due(0):
+                        log.board(0, monitor.measure(0, state), "monitor/")
                 state, metrics = train_step(state, *rows)
+                if step == 0:
+                    tell(report_trust_ratios(config.optim, out, state.params, metrics))
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, stop.is_set()
+                if monitor.due(step + 1) and (last or not stopping):
+                    pending.flush()
+                    with clock.holding("monitor_s"):
+                        log.board(step + 1, monitor.measure(step + 1, state), "monitor/")
                 if last or stopping or (step + 1) % config.checkpoint_every == 0:
                     pending.flush()
-                    checkpoints.save_async(step + 1, state, {"data_hash": tiles.hash})
+                    with clock.holding("checkpoint_s"):
+                        checkpoints.save_async(step + 1, state, {"data_hash": tiles.hash})
                 if stopping and not last:
                     checkpoints.wait()
                     raise Stopped(
@@ -105,14 +127,18 @@ class Pending:
     step to work on meanwhile.
     """
 
-    def __init__(self, log: RunLog, checkpoints: Checkpoints) -> None:
-        self._log, self._checkpoints = log, checkpoints
-        self._held: tuple[int, dict[str, Any], float] | None = None
+    def __init__(
+        self, log: RunLog, checkpoints: Checkpoints, clock: StepClock, guard: CollapseGuard
+    ) -> None:
+        self._log, self._checkpoints, self._clock, self._guard = log, checkpoints, clock, guard
+        self._held: tuple[int, dict[str, Any], float, Times] | None = None
 
     def record(self, step: int, metrics: dict[str, jax.Array], wait_s: float) -> None:
         """Takes the metrics of `step`, reads and logs those of the step before."""
+        times = self._clock.handed_over(metrics["loss"])
         self.flush()
-        self._held = step, metrics, wait_s
+        scalars = {name: value for name, value in metrics.items() if value.ndim == 0}
+        self._held = step, scalars, wait_s, times
 
     def flush(self) -> None:
         """Reads and logs what is held.
@@ -122,13 +148,14 @@ class Pending:
         """
         if self._held is None:
             return
-        step, arrays, wait_s = self._held
+        step, arrays, wait_s, times = self._held
         self._held = None
         metrics = {name: float(value) for name, value in arrays.items()}
-        self._log.scalars(step, metrics, wait_s)
+        self._log.scalars(step, metrics | times(), wait_s)
         for name in ("loss", "grad_norm", "state_norm"):
             if not math.isfinite(metrics[name]):
                 raise RunError(self._sentence(step, name, metrics[name]))
+        self._guard.step(step, metrics["neg_sim"])
 
     def _sentence(self, step: int, name: str, value: float) -> str:
         kept = self._checkpoints.latest_step
@@ -159,16 +186,6 @@ def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> RunLog
         every=config.log_every,
         tensorboard=config.tensorboard,
     )
-
-
-def timed(feed: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch, float]]:
-    """(step, batch, seconds waited for it)."""
-    while True:
-        asked = time.perf_counter()
-        item = next(feed, None)
-        if item is None:
-            return
-        yield *item, time.perf_counter() - asked
 
 
 def draw_views(config: PretrainConfig, out: Path, batch: Batch, rows: Any) -> None:

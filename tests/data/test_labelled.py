@@ -213,8 +213,8 @@ def test_leakage_is_found_by_content_in_folders_and_by_slide_in_stores(folder, r
     config = DataConfig(stores=(str(other), str(store)), exclude=("w.png",))
     clauses = found.leakage(open_tiles(config), found.digests())
     assert clauses == [
-        "2 of 20 images are trained on (a/3.png, a/4.png)",
-        "1 groups are slides that are trained on (b)",
+        "2 of 20 images are in the training data (a/3.png, a/4.png)",
+        "1 groups are slides of the training data (b)",
     ]
     clean = DataConfig(stores=(str(store),), exclude=("b.svs",))
     assert found.leakage(open_tiles(clean), found.digests()) == []
