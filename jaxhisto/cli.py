@@ -15,6 +15,7 @@ from jaxhisto.config import (
     DemoConfig,
     ExportConfig,
     ImportConfig,
+    PlotConfig,
     PretrainConfig,
     TileConfig,
     VerifyConfig,
@@ -99,6 +100,15 @@ def zoo(argv: Sequence[str]) -> int:
     return 0
 
 
+def plot(argv: Sequence[str]) -> int:
+    """runs over each other in one picture: loss, similarities, probes, ranks, speed"""
+    config = parse(PlotConfig, argv, "plot")
+    from jaxhisto.overlay import plot_runs
+
+    print(f"{plot_runs(config)}: {len(config.runs)} runs")
+    return 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     """what is installed, whether it works, and what to do where it does not"""
     from jaxhisto.doctor import examine
@@ -107,7 +117,8 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    f.__name__.rstrip("_"): f for f in (demo, tile, pretrain, export, import_, verify, zoo, doctor)
+    f.__name__.rstrip("_"): f
+    for f in (demo, tile, pretrain, export, import_, verify, zoo, plot, doctor)
 }
 
 
