@@ -12,22 +12,20 @@ own initial weights. AUC and macro F1 are scikit-learn's.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from jaxhisto.config import ModelConfig
+from jaxhisto.data.labelled import read_labelled
 from jaxhisto.models import simclr
 from jaxhisto.pretrain.encoder import write_encoder
 from jaxhisto.pretrain.step import make_embed
@@ -43,12 +41,14 @@ BATCH = 32
 def main() -> None:
     """Prints a row an encoder, and writes the record."""
     args = arguments()
-    images, labels, groups = labelled(args)
-    test = groups == args.test
-    print(f"{len(labels)} tiles, {test.sum()} of them in test group {args.test}")
+    found = read_labelled(args.images, args.labels, args.label, args.group, classes=args.classes)
+    labels, groups = found.labels, np.array(found.groups)
+    test = np.isin(np.arange(len(found)), found.split([args.test])[1])
+    images = {side: found.load(side) for side in SIDES}
+    print(f"{found.summary()}\n{test.sum()} of them in test group {args.test}")
     rows = []
     for name, model, params, stats in encoders(args):
-        features = {s: embedded(model, params, stats, images, s) for s in SIDES}
+        features = {s: embedded(model, params, stats, images[s]) for s in SIDES}
         rows.append({"encoder": name, **probed(features, labels, groups, test)})
         print(line(rows[-1]), flush=True)
     trained = rows[0]["auc_mean"]
@@ -74,18 +74,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def labelled(args: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """Images, labels 0 or 1, groups; rows of any other class are left out."""
-    names = args.classes
-    with args.labels.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row[args.label] in names]
-    if {row[args.label] for row in rows} != set(names):
-        raise SystemExit(f"{args.labels}: {args.label} does not hold both of {names}.")
-    images = [np.asarray(Image.open(args.images / r["file"]).convert("RGB")) for r in rows]
-    labels = np.array([names.index(row[args.label]) for row in rows])
-    return images, labels, np.array([row[args.group] for row in rows])
-
-
 def encoders(args: argparse.Namespace) -> Iterable[tuple]:
     """(name, model, params, batch_stats): the run's first, then random ones like it."""
     path = Path(args.run)
@@ -101,13 +89,12 @@ def encoders(args: argparse.Namespace) -> Iterable[tuple]:
         yield f"random {seed}", model, *simclr.init(model.name, model.projection, seed)
 
 
-def embedded(model: ModelConfig, params, stats, images: list[np.ndarray], side: int) -> np.ndarray:
-    """(n, d) float32 features of tiles resized to `side`, in evaluation mode."""
+def embedded(model: ModelConfig, params, stats, images: np.ndarray) -> np.ndarray:
+    """(n, d) float32 features of (n, side, side, 3) uint8 tiles, in evaluation mode."""
     embed = make_embed(model)
-    resized = [cv2.resize(i, (side, side), interpolation=cv2.INTER_AREA) for i in images]
-    resized += [resized[-1]] * (-len(images) % BATCH)
-    chunks = [resized[i : i + BATCH] for i in range(0, len(resized), BATCH)]
-    features = [embed(params, stats, jnp.asarray(np.stack(c), jnp.float32) / 255) for c in chunks]
+    padded = np.pad(images, ((0, -len(images) % BATCH), (0, 0), (0, 0), (0, 0)), "edge")
+    chunks = padded.reshape(-1, BATCH, *images.shape[1:])
+    features = [embed(params, stats, jnp.asarray(c, jnp.float32) / 255) for c in chunks]
     return np.concatenate(features)[: len(images)]
 
 

@@ -18,6 +18,7 @@ from jaxhisto.config import (
     DoctorConfig,
     ExportConfig,
     ImportConfig,
+    PlotConfig,
     PretrainConfig,
     TileConfig,
     VerifyConfig,
@@ -118,6 +119,15 @@ def zoo(argv: Sequence[str]) -> int:
     return 0
 
 
+def plot(argv: Sequence[str]) -> int:
+    """runs over each other in one picture: loss, similarities, probes, ranks, speed"""
+    config = parse(PlotConfig, argv, "plot")
+    from jaxhisto.overlay import plot_runs
+
+    print(f"{plot_runs(config)}: {len(config.runs)} runs")
+    return 0
+
+
 def doctor(argv: Sequence[str]) -> int:
     """what is installed, whether it works, and what to do where it does not"""
     config = parse(DoctorConfig, argv, "doctor")
@@ -142,7 +152,8 @@ def debugging() -> bool:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    f.__name__.rstrip("_"): f for f in (demo, tile, pretrain, export, import_, verify, zoo, doctor)
+    f.__name__.rstrip("_"): f
+    for f in (demo, tile, pretrain, export, import_, verify, zoo, plot, doctor)
 }
 
 

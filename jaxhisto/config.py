@@ -203,6 +203,39 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What is measured beside the loss while a run trains; it changes nothing in the run."""
+
+    images: str = field(default="", metadata=OPERATIONAL)
+    """Folder of labelled images for the probes: a folder for each class, or any with `labels`."""
+    labels: str = field(default="", metadata=OPERATIONAL)
+    """CSV file with a row an image of `images`."""
+    label: str = field(default="", metadata=OPERATIONAL)
+    """Its column of classes."""
+    file: str = field(default="file", metadata=OPERATIONAL)
+    """Its column of image names, relative to `images`."""
+    classes: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
+    """Classes to tell apart; empty: all."""
+    group: str = field(default="", metadata=OPERATIONAL)
+    """Its column of groups (patient, slide), which the split never tears."""
+    test: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
+    """Groups to test on; empty: half of the groups, or of each class, drawn from their names."""
+    every: int = within(0, 0, MANY, operational=True)
+    """Steps between measurements; 0: before the first step, at checkpoints and at the end, and
+    that only where `images` names a labelled set."""
+    limit: int = within(4000, 0, MANY, operational=True)
+    """Most labelled images taken, drawn from their names; 0: all. They stay in memory. Ours."""
+    tiles: int = within(512, 2, 65536, operational=True)
+    """The run's own tiles of which two fixed views each are looked at. Ours."""
+    tile_px: int = within(0, 0, 8192, operational=True)
+    """Side of the labelled images as fed, pixels; 0: the run's `tile_px`."""
+    k: int = within(20, 1, MANY, operational=True)
+    """Neighbours of the kNN probe (DINO: 20)."""
+    min_rank: float = within(2.0, 0, 1e6, operational=True)
+    """Effective rank of z below which a run is called collapsed after its warm-up. Ours."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Train an encoder on tiles without labels (SimCLR)."""
 
@@ -246,6 +279,9 @@ class PretrainConfig:
     tensorboard: bool = field(default=False, metadata=OPERATIONAL)
     """Also write TensorBoard events (extra `tensorboard`)."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profile: tuple[int, int] | None = within(None, 1, MANY, operational=True, ordered=True)
+    """First and last step of a profiler trace, written into the run folder."""
 
 
 @dataclass(frozen=True)
@@ -367,6 +403,16 @@ class DoctorConfig:
     devices: int = within(0, 0, MANY)
     """Of `pod`: devices to compare with one, over all processes; 0: all."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw runs over each other: loss, similarities, probes, ranks, speed."""
+
+    runs: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Run folders of `jaxhisto pretrain`."""
+    out: str = "runs.png"
+    """The picture to write; another suffix that matplotlib knows gives another format."""
 
 
 def check(config: Config) -> Config:

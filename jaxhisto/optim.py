@@ -15,6 +15,9 @@ from jaxhisto.errors import ConfigError
 EXEMPT = ("bias", "scale")
 """Leaf names of biases and of BatchNorm's two parameters."""
 
+LAMB = {"b1": 0.9, "b2": 0.999, "eps": 1e-6}
+"""LAMB's moments and epsilon, optax's defaults; LAMB is known by its rate alone in the paper."""
+
 
 def build_optimizer(
     config: OptimConfig, batch_size: int, steps: int, steps_per_epoch: float
@@ -90,6 +93,46 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, flags)
 
 
+def trust_norms(config: OptimConfig, params: Any, grads: Any, opt_state: Any) -> jax.Array | None:
+    """The norms of which LARS and LAMB make this step's trust ratios; None for Adam.
+
+    Args:
+      config: of the optimizer.
+      params: before the step.
+      grads: of the step.
+      opt_state: after the step (LAMB's moments are read from it).
+
+    Returns:
+      (3, P) float32, a column a parameter in the order of `jax.tree.leaves`: the L2 norms of the
+      weights, of the gradient, and of what the ratio divides by: the gradient (LARS) or Adam's
+      direction (LAMB), with the weight decay in it.
+    """
+    if config.name == "adam":
+        return None
+    directions = grads
+    if config.name == "lamb":
+        directions = _adam_directions(opt_state[0])
+    whole = jax.tree.map(
+        lambda w, d, decays: d + config.weight_decay * w if decays else d,
+        params,
+        directions,
+        decayed(params),
+    )
+    norms = [[jnp.sqrt(jnp.sum(x * x)) for x in jax.tree.leaves(t)] for t in (params, grads, whole)]
+    return jnp.stack([jnp.stack(row) for row in norms])
+
+
+def _adam_directions(state: optax.ScaleByAdamState) -> Any:
+    """What `optax.scale_by_adam` made of its moments in the step that led to this state."""
+    count = state.count.astype(jnp.float32)
+    b1, b2, epsilon = LAMB.values()
+    return jax.tree.map(
+        lambda m, v: m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + epsilon),
+        state.mu,
+        state.nu,
+    )
+
+
 def _lars(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # The rate multiplies before the momentum buffer, as in google-research/simclr; the form
     # with the rate outside it is another optimizer as soon as the rate changes.
@@ -104,7 +147,7 @@ def _lars(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
 
 
 def _lamb(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.lamb(schedule, weight_decay=config.weight_decay, mask=decayed)
+    return optax.lamb(schedule, **LAMB, weight_decay=config.weight_decay, mask=decayed)
 
 
 def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -21,11 +21,15 @@ from jaxhisto.errors import RunError
 PACKAGES = ("jaxhisto", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
+MONITOR = "monitor.jsonl"
+
+
 class RunLog:
     """Writes one line a step to RUN/metrics.jsonl and shows progress.
 
-    A line holds `step` (1 for the first), the step's metrics, `images_per_s` (over the last
-    steps), `wait_s` (time this step waited for data) and `time` (seconds since the epoch).
+    A line holds `step` (1 for the first), the step's metrics and times (see `StepClock`),
+    `images_per_s` (over the last steps), `wait_s` (time this step waited for data) and `time`
+    (seconds since the epoch).
     Lines are flushed as they are written. On a resume, lines of steps that are done again
     are cut off first, so that each step stands in the file once. A disk that is full does not
     end the run: its lines wait in memory (`Lines`).
@@ -42,7 +46,7 @@ class RunLog:
         tensorboard: bool = False,
     ) -> None:
         self.path = Path(run) / "metrics.jsonl"
-        _keep_steps(self.path, start_step)
+        keep_steps(self.path, start_step)
         self._lines = Lines(self.path)
         self._batch_size, self._every, self._steps = batch_size, every, steps
         self._timing = False
@@ -59,12 +63,15 @@ class RunLog:
             self._timing = True
             self._times = deque([now], maxlen=21)
         line = {"step": step, **metrics, "images_per_s": speed, "wait_s": wait_s}
-        rounded = {k: _finite(v) for k, v in line.items()} | {"time": round(time.time(), 3)}
-        self._lines.append(json.dumps(rounded) + "\n")
-        if self._board is not None:
-            for name, value in line.items():
-                self._board.add_scalar(name, value, step)
+        self._lines.append(_json_line(line))
+        self.board(step, line)
         self._progress.update(step, f"loss {metrics['loss']:.4f}  {speed:.1f} images/s")
+
+    def board(self, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Shows values in TensorBoard, where that is on."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(prefix + name, value, step)
 
     def finish(self) -> None:
         """Returns when every line is in the file.
@@ -229,7 +236,27 @@ def write_atomically(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _keep_steps(path: Path, last: int) -> None:
+def read_monitor(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of RUN/monitor.jsonl; none where nothing was measured."""
+    path = Path(run) / MONITOR
+    return [line for _, line in _whole_lines(path)] if path.exists() else []
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Appends a line of JSON with the time; numbers that are not finite become null.
+
+    Raises:
+      RunError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_json_line(values))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def keep_steps(path: Path, last: int) -> None:
+    """Cuts off the lines of steps after `last`, and one torn by a kill."""
     if path.exists():
         kept = [text for text, line in _whole_lines(path) if line["step"] <= last]
         write_atomically(path, "".join(kept))
@@ -240,9 +267,18 @@ def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         return [(text, json.loads(text)) for text in file if text.endswith("}\n")]
 
 
-def _finite(value: float) -> float | None:
-    """JSON knows no NaN: null stands for it."""
-    return value if math.isfinite(value) else None
+def _json_line(values: Mapping[str, Any]) -> str:
+    """A line of JSON, which knows no NaN: null stands for it."""
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+    return json.dumps(finite | {"time": round(time.time(), 3)}) + "\n"
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path}: cannot be written ({error.strerror}); make room and start the same line again."
+    )
 
 
 def _version(package: str) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto import __version__, tensor_file
-from jaxhisto.config import PretrainConfig, to_json
+from jaxhisto.config import MonitorConfig, PretrainConfig, to_json
 from jaxhisto.errors import ExportError
 from jaxhisto.models import resnet, simclr
 
@@ -253,7 +253,8 @@ def _without_places(config: PretrainConfig) -> PretrainConfig:
     """The config without the user's folders: they are nobody's business, and no part of it."""
     names = tuple(Path(store).name for store in config.data.stores)
     init = Path(config.init).name
-    return replace(config, out="", init=init, data=replace(config.data, stores=names))
+    data = replace(config.data, stores=names)
+    return replace(config, out="", init=init, data=data, monitor=MonitorConfig())
 
 
 def write_encoder(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from jaxhisto.plots import loss_curve, view_sheet
+from jaxhisto.plots import Curves, loss_curve, overlay, view_sheet
 
 
 def test_each_tile_stands_beside_its_own_views(tmp_path):
@@ -42,3 +42,36 @@ def test_a_falling_loss_is_drawn_falling(tmp_path):
 def test_a_step_without_a_finite_loss_does_not_break_the_curve(tmp_path):
     metrics = [{"step": i, "loss": None if i == 5 else 1.0} for i in range(1, 9)]
     assert loss_curve(metrics, 2.0, tmp_path / "loss.png").exists()
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def curves(name, level, monitor=()):
+    metrics = [
+        {"step": i, "loss": level, "accuracy": 0.5, "pos_sim": 0.9, "neg_sim": 0.1}
+        | {"images_per_s": 10.0}
+        for i in range(1, 101)
+    ]
+    return Curves(name, metrics, monitor, math.log(127))
+
+
+def test_runs_are_drawn_over_each_other_each_in_its_colour(tmp_path):
+    path = overlay([curves("low", 2.0), curves("high", 4.0)], tmp_path / "runs.png")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    loss = pixels[height // 6 : height // 2, : width // 2]  # the first panel, below the legend
+    low, high = (
+        np.argwhere(abs(loss - colour).sum(-1) < 30)[:, 0].mean() for colour in (BLUE, ORANGE)
+    )
+    assert low > high + 50  # rows count from the top
+
+
+def test_panels_are_those_of_which_some_run_knows_something(tmp_path):
+    line = {"step": 0, "effective_rank": 3.0, "effective_rank_z": 2.0, "knn_f1": None}
+    plain = overlay([curves("a", 2.0)], tmp_path / "plain.png")
+    watched = overlay([curves("a", 2.0, [line]), curves("b", 3.0)], tmp_path / "watched.png")
+    with Image.open(plain) as two_by_two, Image.open(watched) as two_by_three:
+        assert two_by_two.size == (round(9.2 * 120), round(6.9 * 120))
+        assert two_by_three.size == (round(13.8 * 120), round(7.2 * 120))

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from jaxhisto.errors import RunError
-from jaxhisto.runlog import Lines, Progress, RunLog, read_metrics
+from jaxhisto.runlog import (
+    Lines,
+    Progress,
+    RunLog,
+    append_line,
+    keep_steps,
+    read_metrics,
+    read_monitor,
+)
 
 
 def log(run, start, stop):
@@ -116,3 +124,23 @@ def test_lines_that_never_found_room_are_an_error_at_the_end(tmp_path, monkeypat
     with pytest.raises(RunError, match=r"lacks 6 lines \(there was no room for long\)"):
         lines.finish()
     assert disk.content == b"step 0}\nstep 7}\nstep 8}\nstep 9}\n"
+
+
+def test_lines_appended_stand_whole_with_their_time(tmp_path):
+    path = tmp_path / "monitor.jsonl"
+    append_line(path, {"step": 0, "knn_f1": 0.5, "set": "abc"})
+    append_line(path, {"step": 2, "knn_f1": float("nan"), "set": "abc"})
+    with path.open("a") as file:
+        file.write('{"step": 4, "kn')
+    assert [(m["step"], m["knn_f1"], m["set"]) for m in read_monitor(tmp_path)] == [
+        (0, 0.5, "abc"),
+        (2, None, "abc"),
+    ]
+    keep_steps(path, 1)
+    assert [m["step"] for m in read_monitor(tmp_path)] == [0]
+    assert read_monitor(tmp_path / "nowhere") == []
+
+
+def test_a_line_that_cannot_be_written_is_one_sentence(tmp_path):
+    with pytest.raises(RunError, match="cannot be written"):
+        append_line(tmp_path / "no folder" / "monitor.jsonl", {"step": 0})

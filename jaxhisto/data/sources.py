@@ -71,7 +71,7 @@ class Tiles:
     """
 
     def __init__(self, sources: list[Source], config: DataConfig) -> None:
-        self._sources = sources
+        self.sources = sources
         self._ends = list(itertools.accumulate(len(source) for source in sources))
         canvases = [source.canvas for source in sources]
         self.canvas = (max(h for h, _ in canvases), max(w for _, w in canvases))
@@ -106,21 +106,21 @@ class Tiles:
 
     def mpp_range(self) -> tuple[float, float] | None:
         """Smallest and largest um/px over the stores; None without one. Folders state none."""
-        known = [mpp for source in self._sources if (mpp := source.mpp_range())]
+        known = [mpp for source in self.sources if (mpp := source.mpp_range())]
         return (min(a for a, _ in known), max(b for _, b in known)) if known else None
 
     def summary(self) -> str:
         """What was opened: a line in all, a line a source, a line a dropped image."""
         h, w = self.canvas
         lines = [f"{len(self):,} tiles on a canvas of {h} x {w} px, data {self.hash[:12]}"]
-        lines += [f"  {source.line()}" for source in self._sources]
+        lines += [f"  {source.line()}" for source in self.sources]
         lines += [f"  dropped {name}: {reason}" for name, reason in self.dropped]
         return "\n".join(lines)
 
     def _find(self, i: int) -> tuple[Source, int]:
         index = range(len(self))[i]
         at = bisect.bisect_right(self._ends, index)
-        return self._sources[at], index - (self._ends[at - 1] if at else 0)
+        return self.sources[at], index - (self._ends[at - 1] if at else 0)
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class StoreSource:
         hits = {slide: _matches(slide, config.exclude) for slide in set(self._slides)}
         self.matched = set[str]().union(*hits.values())
         self._kept = [i for i, slide in enumerate(self._slides) if not hits[slide]]
+        self.slides = {self._slides[i] for i in self._kept}
         if not self._kept:
             raise StoreError(
                 f"{path}: no tile is left of {len(self._slides)}; take the store out of "
@@ -195,17 +196,16 @@ class StoreSource:
         return f"{self.path}: tile {self._kept[i]} (slide {self._slides[self._kept[i]]})"
 
     def mpp_range(self) -> tuple[float, float] | None:
-        kept = {self._slides[i] for i in self._kept}
         cut = self._store.manifest["slides"]
-        sizes = [slide["tile_mpp"] for slide in cut if slide["id"] in kept]
+        sizes = [slide["tile_mpp"] for slide in cut if slide["id"] in self.slides]
         return min(sizes), max(sizes)
 
     def line(self) -> str:
-        slides = len({self._slides[i] for i in self._kept})
         left_out = len(self._slides) - len(self)
         mpp = self.mpp_range()
         return (
-            f"{self.path}: store, {len(self):,} tiles of {slides} slides, {self.canvas[0]} px"
+            f"{self.path}: store, {len(self):,} tiles of {len(self.slides)} slides"
+            f", {self.canvas[0]} px"
             + (f", {mpp[0]:g} to {mpp[1]:g} um/px" if mpp else "")
             + (f", {left_out:,} tiles excluded" if left_out else "")
         )
@@ -232,7 +232,7 @@ class FolderSource:
 
     def __init__(self, path: Path, config: DataConfig) -> None:
         self.path = path
-        names = _listing(path)
+        names = image_names(path)
         hits = {name: _matches(name, config.exclude) for name in names}
         self.matched = set[str]().union(*hits.values())
         wanted = [name for name in names if not hits[name]]
@@ -245,21 +245,21 @@ class FolderSource:
                 f"{bad[0].name}, {bad[0].reason}; {bad[0].remedy}, or pass "
                 f"--data.failures-allowed {len(bad)} to go on without."
             )
-        self._images = [image for image in checked if not image.reason]
-        if not self._images:
+        self.images = [image for image in checked if not image.reason]
+        if not self.images:
             raise StoreError(
                 f"{path}: no image is left of {len(names)} ({self._excluded} excluded, {len(bad)} "
                 "unreadable); take the folder out of --data.stores or change --data.exclude."
             )
         self._cells = [
             (n, top, left, h, w)
-            for n, image in enumerate(self._images)
+            for n, image in enumerate(self.images)
             for top, h in _cuts(image.height, config.max_side)
             for left, w in _cuts(image.width, config.max_side)
         ]
         self.canvas = (max(cell[3] for cell in self._cells), max(cell[4] for cell in self._cells))
         self.dropped = [(str(path / image.name), image.reason) for image in bad]
-        content = [[image.name, image.sha256.hex()] for image in self._images]
+        content = [[image.name, image.sha256.hex()] for image in self.images]
         self.hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -267,10 +267,10 @@ class FolderSource:
 
     def read(self, i: int) -> NDArray[np.uint8]:
         n, top, left, h, w = self._cells[i]
-        file = self.path / self._images[n].name
+        file = self.path / self.images[n].name
         try:
             data = file.read_bytes()
-            if hashlib.sha256(data).digest() != self._images[n].sha256:
+            if hashlib.sha256(data).digest() != self.images[n].sha256:
                 raise ImageError("changed since the run opened it", "restore it or start a new run")
             return decode_image(data)[top : top + h, left : left + w]
         except OSError as error:
@@ -285,7 +285,7 @@ class FolderSource:
 
     def name(self, i: int) -> str:
         n, top, left, h, w = self._cells[i]
-        image = self._images[n]
+        image = self.images[n]
         cell = "" if (h, w) == (image.height, image.width) else f"@{top},{left}"
         return f"{self.path / image.name}{cell}"
 
@@ -293,9 +293,9 @@ class FolderSource:
         return None
 
     def line(self) -> str:
-        cells = "" if len(self) == len(self._images) else f" in {len(self):,} cells"
+        cells = "" if len(self) == len(self.images) else f" in {len(self):,} cells"
         return (
-            f"{self.path}: folder, {len(self._images):,} images{cells}"
+            f"{self.path}: folder, {len(self.images):,} images{cells}"
             + (f", {self._excluded:,} excluded" if self._excluded else "")
             + (f", {len(self.dropped):,} dropped" if self.dropped else "")
         )
@@ -314,7 +314,7 @@ def _matches(name: str, patterns: Iterable[str]) -> set[str]:
     return {p for p in patterns if fnmatchcase(name, p) or fnmatchcase(last, p)}
 
 
-def _listing(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     """Names of the images below a folder, sorted, with / between parts; dot files are not seen.
 
     A tile store in there, whole or not, is refused: its report holds pictures, which are no tiles.

@@ -39,8 +39,12 @@ class SimCLR(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, projection) float32, not yet of unit length."""
+        return self.head(self.encoder(x, train=train))
+
+    def head(self, features: jax.Array) -> jax.Array:
+        """(N, d) features to (N, projection) float32."""
         hidden, out = self.projection.in_order()
-        return out(nnx.relu(hidden(self.encoder(x, train=train))))
+        return out(nnx.relu(hidden(features)))
 
 
 def structure(
@@ -78,6 +82,15 @@ def project(
     model = _merge(graphdef, params, batch_stats)
     z = model(x, train=train)
     return z, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+def features_and_z(
+    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Runs encoder and head on running statistics: (N, H, W, 3) to (N, d) and (N, 128) float32."""
+    model = _merge(graphdef, params, batch_stats)
+    found = model.encoder(x)
+    return found, model.head(found)
 
 
 def encoder_structure(name: str, dtype: DTypeLike = jnp.float32) -> nnx.GraphDef:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,22 +13,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxhisto import plots, xla_flags
-from jaxhisto.checkpoints import Checkpoints, open_checkpoints
+from jaxhisto.checkpoints import open_checkpoints
 from jaxhisto.config import PretrainConfig
 from jaxhisto.data.loader import global_indices
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.distributed import agree, is_main, main_first, make_mesh, own_rows
-from jaxhisto.errors import RunError
 from jaxhisto.pretrain.feed import PlacedBatch, open_feed
 from jaxhisto.pretrain.folder import locked, open_run
 from jaxhisto.pretrain.handshake import must_be_equal
+from jaxhisto.pretrain.monitor import Monitor
+from jaxhisto.pretrain.pending import Pending
 from jaxhisto.pretrain.plan import check_batch, schedule_length
+from jaxhisto.pretrain.profiling import check_profile, profiled
 from jaxhisto.pretrain.room import step_bytes
 from jaxhisto.pretrain.saving import Saving
 from jaxhisto.pretrain.start import starting_weights
 from jaxhisto.pretrain.step import augmented, init_state, make_train_step
 from jaxhisto.pretrain.stopping import Stopped, StopRequest, stop_requests
-from jaxhisto.runlog import RunLog, read_metrics, write_atomically
+from jaxhisto.pretrain.timing import StepClock
+from jaxhisto.pretrain.trust import report_trust_ratios
+from jaxhisto.runlog import RunLog, read_metrics
 
 SHEET_TILES = 8
 
@@ -40,8 +41,8 @@ def pretrain(config: PretrainConfig) -> Path:
     """Trains until the last step of the config, or goes on where RUN stopped.
 
     Returns:
-      The run folder: config.json, data.json, env.json, views.png, metrics.jsonl, checkpoints/,
-      loss.png.
+      The run folder: config.json, data.json, env.json, views.png, trust_ratios.csv,
+      metrics.jsonl, monitor.jsonl where asked for, checkpoints/, loss.png.
 
     Raises:
       StoreError: data that is missing, damaged or smaller than a batch.
@@ -63,6 +64,8 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     tiles = open_tiles(config.data)
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
+    check_profile(config.profile, steps)
+    monitor = Monitor(config, tiles, mesh, steps, steps_per_epoch, tell)
     begin = starting_weights(config)
     agree(must_be_equal(config, tiles, begin))
     out = main_first(lambda: open_run(config, tiles))
@@ -79,24 +82,40 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         start = int(state.step)
         agree({"run folder": {"newest checkpoint": start}})
         tell(whence(config, begin, start))
-        train_step = make_train_step(config, steps, steps_per_epoch)
-        taken = partial(step_bytes, train_step, state, config, tiles, mesh)
+        monitor.open(out, start)
+        compiled = make_train_step(config, steps, steps_per_epoch)
+        taken = partial(step_bytes, compiled, state, config, tiles, mesh)
         feed = open_feed(config, tiles, mesh, start, steps, taken)
-        with closing(feed), new_log(config, out, start, steps) as log:
-            pending = Pending(log, checkpoints, out, partial(batch_names, config, tiles))
+        with (
+            closing(feed),
+            new_log(config, out, start, steps) as log,
+            profiled(config.profile, out, start, compiled, tell) as train_step,
+        ):
+            clock = StepClock()
+            names = partial(batch_names, config, tiles)
+            pending = Pending(log, checkpoints, clock, monitor.guard, out, names)
             saving = Saving(checkpoints, config.checkpoint_every, {"data_hash": tiles.hash})
-            for step, batch, wait_s in timed(feed):
+            for step, batch, wait_s in clock.timed(feed):
                 if step == 0:
                     draw_views(config, out, batch)
+                    if monitor.due(0):
+                        log.board(0, monitor.measure(0, state), "monitor/")
                 with stop.first_step(step == start):
                     state, metrics = train_step(state, batch.tiles, batch.sizes)
                 if step == start:
                     xla_flags.keep_autotune(out)
+                if step == 0:
+                    tell(report_trust_ratios(config.optim, out, state.params, metrics))
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, asked_to_stop(stop, step)
+                if monitor.due(step + 1) and (last or not stopping):
+                    pending.flush()
+                    with clock.holding("monitor_s"):
+                        log.board(step + 1, monitor.measure(step + 1, state), "monitor/")
                 if saving.due(step + 1, now=last or stopping):
                     pending.flush()
-                    saving.start(step + 1, state)
+                    with clock.holding("checkpoint_s"):
+                        saving.start(step + 1, state)
                 if stopping and not last:
                     saving.finish()
                     log.finish()
@@ -108,68 +127,6 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
             log.finish()
     draw_loss(config, out)
     return out
-
-
-class Pending:
-    """Hands a step's metrics to the log one step later.
-
-    Reading a metric waits for its step; read one step late, the device always has the next
-    step to work on meanwhile.
-    """
-
-    def __init__(
-        self,
-        log: RunLog,
-        checkpoints: Checkpoints,
-        out: Path,
-        names: Callable[[int], list[str]],
-    ) -> None:
-        """Takes where to log, and `names` of the tiles in the batch of a step."""
-        self._log, self._checkpoints, self._out, self._names = log, checkpoints, out, names
-        self._held: tuple[int, dict[str, Any], float] | None = None
-
-    def record(self, step: int, metrics: dict[str, jax.Array], wait_s: float) -> None:
-        """Takes the metrics of `step`, reads and logs those of the step before."""
-        self.flush()
-        self._held = step, metrics, wait_s
-
-    def flush(self) -> None:
-        """Reads and logs what is held.
-
-        Raises:
-          RunError: the loss, the gradient or the new weights are not finite.
-        """
-        if self._held is None:
-            return
-        step, arrays, wait_s = self._held
-        self._held = None
-        metrics = {name: float(value) for name, value in arrays.items()}
-        self._log.scalars(step, metrics, wait_s)
-        for name in ("loss", "grad_norm", "state_norm"):
-            if not math.isfinite(metrics[name]):
-                listed = self._list_tiles(step, metrics)
-                raise RunError(self._sentence(step, name, metrics[name]) + listed)
-
-    def _list_tiles(self, step: int, metrics: dict[str, float]) -> str:
-        """Writes which tiles the batch held, and says where."""
-        path = self._out / f"nonfinite-{step}.json"
-        shown = {name: repr(value) for name, value in metrics.items()}  # JSON knows no NaN
-        content = {"step": step, "metrics": shown, "tiles": self._names(step)}
-        try:
-            if is_main():
-                write_atomically(path, json.dumps(content, indent=1) + "\n")
-        except OSError:  # a full disk must not hide what is said here
-            return ""
-        return f" {path} lists the batch's tiles."
-
-    def _sentence(self, step: int, name: str, value: float) -> str:
-        self._checkpoints.settle()
-        kept = self._checkpoints.latest_step
-        good = "no checkpoint was written yet" if kept is None else f"checkpoint {kept} is kept"
-        return (
-            f"step {step}: {name} is {value}; {good}; lower --optim.rate, raise "
-            "--optim.temperature or use --precision f32, in a new run folder."
-        )
 
 
 def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) -> str:
@@ -200,16 +157,6 @@ def new_log(config: PretrainConfig, out: Path, start: int, steps: int) -> Any:
         every=config.log_every,
         tensorboard=config.tensorboard,
     )
-
-
-def timed(feed: Iterator[tuple[int, PlacedBatch]]) -> Iterator[tuple[int, PlacedBatch, float]]:
-    """(step, batch, seconds waited for it)."""
-    while True:
-        asked = time.perf_counter()
-        item = next(feed, None)
-        if item is None:
-            return
-        yield *item, time.perf_counter() - asked
 
 
 def draw_views(config: PretrainConfig, out: Path, batch: PlacedBatch) -> None:

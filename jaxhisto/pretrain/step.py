@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhisto.augment import two_views
 from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.models import simclr
-from jaxhisto.optim import build_optimizer
+from jaxhisto.optim import build_optimizer, trust_norms
 from jaxhisto.pretrain.accumulate import Embed, LossAndGrads, in_micro_batches
 from jaxhisto.pretrain.loss import nt_xent
 from jaxhisto.pretrain.plan import check_groups
@@ -91,7 +91,8 @@ def make_train_step(
       (state, tiles (N, H, W, 3) uint8, sizes (N, 2) int32) -> (state, metrics), tiles and
       sizes sharded over `data`. Metrics are () float32: `loss`, `rate`, `grad_norm` (L2 over
       all gradients), `state_norm` (over the new parameters and BatchNorm statistics),
-      `pos_sim`, `neg_sim`, `accuracy`.
+      `pos_sim`, `neg_sim`, `accuracy`; under LARS and LAMB there is also `trust_norms`, (3, P)
+      float32 (see `optim.trust_norms`).
     """
     loss_and_grads = of_tiles(config)
     update = make_update(config, steps, steps_per_epoch)
@@ -225,13 +226,17 @@ def differentiated(config: PretrainConfig, embed: Embed) -> LossAndGrads:
 def make_update(
     config: PretrainConfig, steps: int, steps_per_epoch: float
 ) -> Callable[[TrainState, Tree], tuple[TrainState, Metrics]]:
-    """The pure function (state, grads) -> (state one step on, {rate, grad_norm, state_norm})."""
+    """The pure function (state, grads) -> (state one step on, {rate, grad_norm, state_norm}).
+
+    Under LARS and LAMB the metrics also hold `trust_norms`.
+    """
     tx, schedule = build_optimizer(config.optim, config.batch_size, steps, steps_per_epoch)
 
     def update(state: TrainState, grads: Tree) -> tuple[TrainState, Metrics]:
         # optax's Adam and LAMB raise a float to an integer power, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            norms = trust_norms(config.optim, state.params, grads, opt_state)
         params = optax.apply_updates(state.params, updates)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = {
@@ -239,6 +244,8 @@ def make_update(
             "grad_norm": norm(grads),
             "state_norm": norm((params, state.batch_stats)),
         }
+        if norms is not None:
+            metrics["trust_norms"] = norms
         return TrainState(state.step + 1, params, state.batch_stats, opt_state), metrics
 
     return update

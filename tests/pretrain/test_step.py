@@ -160,6 +160,7 @@ def test_metrics_are_float32_scalars(on_one: Step, batch: tuple[np.ndarray, np.n
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
         state, metrics = on_one(init_state(CONFIG, STEPS, 1.0, mesh), *to_global(batch, mesh))
+    assert metrics.pop("trust_norms").shape == (3, PARAMETERS)
     of_update = {"rate", "grad_norm", "state_norm"}
     assert set(metrics) == of_update | {"loss", "pos_sim", "neg_sim", "accuracy"}
     assert {(m.dtype.name, m.shape) for m in metrics.values()} == {("float32", ())}

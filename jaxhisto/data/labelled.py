@@ -1,0 +1,379 @@
+"""Labelled sets that a user names: an image folder with a CSV file, or a folder for each class.
+
+What does not fit together is counted and listed, never guessed: a row without its image, an
+image without a label. A set in which nothing can be told apart (one class) is refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxhisto.data.images import ImageError, decode_image
+from jaxhisto.data.sources import FolderSource, StoreSource, Tiles, image_names
+from jaxhisto.errors import StoreError
+
+SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Images with a class each, in the order of the CSV file, or of their names.
+
+    Fields:
+      folder: what the names are relative to.
+      names: n names, with / between parts.
+      labels: (n,) int64, index into `classes`.
+      classes: C >= 2 class names; each has an image (unless a subset was taken).
+      groups: n group names (patient, slide, section), None where no column was named.
+      missing: names in the CSV file that are no image of the folder.
+      unlabelled: images of the folder that have no label.
+      other: rows of classes that were not asked for.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    missing: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
+    other: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def summary(self) -> str:
+        """What was read: a line in all, then what does not fit together."""
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        classes = ", ".join(f"{c} {n:,}" for c, n in zip(self.classes, counts, strict=True))
+        groups = f", {len(set(self.groups)):,} groups" if self.groups else ""
+        lines = [f"{self.folder}: {len(self):,} labelled images ({classes}){groups}"]
+        if self.other:
+            lines.append(f"  {self.other:,} rows of other classes left out")
+        if self.missing:
+            lines.append(f"  {len(self.missing):,} rows without their image: {_few(self.missing)}")
+        if self.unlabelled:
+            lines.append(
+                f"  {len(self.unlabelled):,} images without a label: {_few(self.unlabelled)}"
+            )
+        return "\n".join(lines)
+
+    def subset(self, rows: NDArray[np.int64]) -> Labelled:
+        """The same set with these rows only, in ascending order; the classes stay."""
+        rows = np.sort(rows)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in rows),
+            labels=self.labels[rows],
+            groups=None if self.groups is None else tuple(self.groups[i] for i in rows),
+        )
+
+    def sample(self, limit: int, seed: int = 0) -> Labelled:
+        """At most `limit` images (0: all), a function of (seed, names) alone."""
+        if not limit or limit >= len(self):
+            return self
+        return self.subset(np.array(_drawn(self.names, range(len(self)), seed)[:limit]))
+
+    def split(
+        self, test: Sequence[str] = (), seed: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows to fit on and rows to test on, ascending; nothing is in both.
+
+        Groups are never torn: the groups in `test` are tested on, or half of all groups, drawn.
+        Without groups half of each class is drawn (the odd one is fitted on). The draw depends
+        on (seed, names), not on the order of the rows or what else is in the set.
+
+        Raises:
+          StoreError: a test group that does not exist, or a side left with fewer than two
+            classes.
+        """
+        if self.groups is not None:
+            held_out = self._test_groups(test, seed)
+            chosen = np.array([g in held_out for g in self.groups], bool)
+        elif test:
+            raise StoreError(
+                f"{self.folder}: test groups {_few(test)} are named, but no group column; name it."
+            )
+        else:
+            chosen = np.zeros(len(self), bool)
+            for c in range(len(self.classes)):
+                drawn = _drawn(self.names, np.flatnonzero(self.labels == c).tolist(), seed)
+                chosen[drawn[: len(drawn) // 2]] = True
+        for side, rows in (("fit on", ~chosen), ("test on", chosen)):
+            found = np.unique(self.labels[rows])
+            if len(found) < 2:
+                what = f"class {self.classes[found[0]]} alone" if len(found) else "nothing"
+                raise StoreError(
+                    f"{self.folder}: the split leaves {what} to {side}; name other test groups or "
+                    "label more images."
+                )
+        return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Image i as stored, (h, w, 3) uint8 RGB.
+
+        Raises:
+          StoreError: it cannot be read or decoded.
+        """
+        try:
+            return decode_image((self.folder / self.names[i]).read_bytes())
+        except ImageError as error:
+            raise StoreError(f"{self.folder / self.names[i]}: {error}.") from error
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder / self.names[i]}: cannot be read ({error.strerror}); restore it."
+            ) from error
+
+    def load(self, side: int, threads: int = 0) -> NDArray[np.uint8]:
+        """All images as (n, side, side, 3) uint8 RGB: centre square, resized.
+
+        Args:
+          side: pixels.
+          threads: that read and decode; 0: one a core.
+
+        Raises:
+          StoreError: some cannot be read; says how many and names the first.
+        """
+
+        def one(i: int) -> NDArray[np.uint8] | StoreError:
+            try:
+                return centre_square(self.read(i), side)
+            except StoreError as error:
+                return error
+
+        images = np.empty((len(self), side, side, 3), np.uint8)
+        bad = []
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            for i, found in enumerate(pool.map(one, range(len(self)))):
+                if isinstance(found, StoreError):
+                    bad.append(found)
+                else:
+                    images[i] = found
+        if bad:
+            more = f" ({len(bad)} of {len(self)} images cannot be used)" if len(bad) > 1 else ""
+            raise StoreError(f"{bad[0]}{more}")
+        return images
+
+    def digests(self, threads: int = 0) -> list[bytes]:
+        """The sha256 of each image's file.
+
+        Raises:
+          StoreError: a file cannot be read.
+        """
+
+        def one(name: str) -> bytes:
+            try:
+                return hashlib.sha256((self.folder / name).read_bytes()).digest()
+            except OSError as error:
+                raise StoreError(
+                    f"{self.folder / name}: cannot be read ({error.strerror}); restore it."
+                ) from error
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(one, self.names))
+
+    def leakage(self, tiles: Tiles, digests: Sequence[bytes]) -> list[str]:
+        """In what way these images are trained on as well: a clause each, none when they are not.
+
+        An image counts where its file's bytes are those of a file in `tiles`. A store holds no
+        files: there a group counts that is one of its slides, by id with or without suffix. The
+        same pixels in another file format are not found.
+        """
+        files = {im.sha256 for s in tiles.sources if isinstance(s, FolderSource) for im in s.images}
+        clauses = []
+        same = [n for n, digest in zip(self.names, digests, strict=True) if digest in files]
+        if same:
+            clauses.append(
+                f"{len(same):,} of {len(self):,} images are in the training data ({_few(same)})"
+            )
+        slides = {id for s in tiles.sources if isinstance(s, StoreSource) for id in s.slides}
+        stems = slides | {slide.rpartition(".")[0] for slide in slides}
+        shared = sorted(set(self.groups or ()) & stems)
+        if shared:
+            clauses.append(f"{len(shared)} groups are slides of the training data ({_few(shared)})")
+        return clauses
+
+    def _test_groups(self, test: Sequence[str], seed: int) -> set[str]:
+        groups = sorted(set(self.groups or ()))
+        for name in test:
+            if name not in groups:
+                near = difflib.get_close_matches(name, groups, 1) or groups
+                raise StoreError(f"{self.folder}: no group {name!r}; there is {_few(near)}.")
+        if test:
+            return set(test)
+        drawn = _drawn(groups, range(len(groups)), seed)[: len(groups) // 2]
+        return {groups[i] for i in drawn}
+
+
+def read_labelled(
+    folder: str | Path,
+    labels: str | Path = "",
+    label: str = "",
+    group: str = "",
+    *,
+    file: str = "file",
+    classes: Sequence[str] = (),
+) -> Labelled:
+    """Reads a labelled set, without its pixels.
+
+    Args:
+      folder: of the images. Without `labels` each folder in it is a class: `CLASS/*.png`.
+      labels: CSV file with a header (tab-separated where it ends in .tsv).
+      label, group: names of columns; a group is a patient, slide or section.
+      file: column of image names relative to `folder`.
+      classes: the classes wanted, in this order; others are left out. Empty: all, sorted.
+
+    Raises:
+      StoreError: no images, no such file or column (with a suggestion), an image listed twice,
+        a row that is cut short, or fewer than two classes.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        fact = "is not a folder" if folder.exists() else "does not exist"
+        raise StoreError(f"{folder}: {fact}; name the folder of the labelled images.")
+    images = image_names(folder)
+    if labels:
+        table = Path(labels).expanduser()
+        rows = _rows(table, folder, file, label, group)
+    elif label or group:
+        raise StoreError(
+            f"{folder}: a column {label or group!r} is named, but no CSV file; name it too."
+        )
+    else:
+        table = folder
+        rows = {n: (n.partition("/")[0] if "/" in n else "", "") for n in images}
+    return _joined(folder, table, images, rows, classes, bool(group))
+
+
+def centre_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """The largest square in the middle of (h, w, 3) uint8, resized to (side, side, 3).
+
+    Shrinking averages areas, so that nothing aliases; an image of that size comes back as it is.
+    """
+    h, w = image.shape[:2]
+    least = min(h, w)
+    top, left = (h - least) // 2, (w - least) // 2
+    square = image[top : top + least, left : left + least]
+    if least == side:
+        return square
+    kind = cv2.INTER_AREA if least > side else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(square, (side, side), interpolation=kind), np.uint8)
+
+
+def _joined(
+    folder: Path,
+    table: Path,
+    images: Sequence[str],
+    rows: dict[str, tuple[str, str]],
+    classes: Sequence[str],
+    grouped: bool,
+) -> Labelled:
+    """The images that have a label, and what is left over on either side."""
+    there = set(images)
+    labelled = {name: row for name, row in rows.items() if name in there and row[0]}
+    found = sorted({label for label, _ in labelled.values()}, key=_natural)
+    for name in classes:
+        if name not in found:
+            near = difflib.get_close_matches(name, found, 1) or found
+            raise StoreError(f"{table}: no image of class {name!r}; there is {_few(near)}.")
+    kept = list(classes) or found
+    names = [name for name, row in labelled.items() if row[0] in kept]
+    if len(kept) < 2:
+        what = f"all {len(names)} images are {kept[0]}" if kept else "no image has a label"
+        remedy = "put each class into a folder of its own" if table == folder else "name another"
+        column = "" if table == folder else " column or file"
+        raise StoreError(f"{table}: {what}; a probe needs two classes, {remedy}{column}.")
+    return Labelled(
+        folder,
+        tuple(names),
+        np.array([kept.index(labelled[name][0]) for name in names], np.int64),
+        tuple(kept),
+        tuple(labelled[name][1] for name in names) if grouped else None,
+        missing=tuple(name for name in rows if name not in there),
+        unlabelled=tuple(name for name in images if not rows.get(name, ("", ""))[0]),
+        other=len(labelled) - len(names),
+    )
+
+
+def _rows(
+    table: Path, folder: Path, file: str, label: str, group: str
+) -> dict[str, tuple[str, str]]:
+    """(label, group) of each image that the CSV file names."""
+    rows: dict[str, tuple[str, str]] = {}
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text, delimiter="\t" if table.suffix == ".tsv" else ",")
+            columns = list(reader.fieldnames or ())
+            for wanted, what in ((file, "file"), (label, "label"), (group, "group")):
+                if wanted or what != "group":
+                    _check_column(table, columns, wanted, what)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise StoreError(
+                        f"{table}: line {reader.line_num} does not have {len(columns)} cells; "
+                        "mend that line."
+                    )
+                name = _relative(row[file].strip(), folder)
+                if name in rows:
+                    raise StoreError(
+                        f"{table}: line {reader.line_num} lists {name} a second time; keep one."
+                    )
+                rows[name] = row[label].strip(), row[group].strip() if group else ""
+                if group and rows[name][0] and not rows[name][1]:
+                    raise StoreError(
+                        f"{table}: line {reader.line_num} has no {group}; an image of an unknown "
+                        "group could be on both sides of a split: fill it in or drop its label."
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StoreError(f"{table}: cannot be read as CSV ({error}); check the file.") from error
+    return rows
+
+
+def _check_column(table: Path, columns: Sequence[str], wanted: str, what: str) -> None:
+    if columns.count(wanted) == 1:
+        return
+    if wanted in columns:
+        raise StoreError(f"{table}: has two columns {wanted!r}; rename one of them.")
+    near = difflib.get_close_matches(wanted, columns, 1) if wanted else []
+    remedy = f"did you mean {near[0]!r}?" if near else f"its columns are {_few(columns)}."
+    fact = f"no column {wanted!r}" if wanted else f"no {what} column is named"
+    raise StoreError(f"{table}: {fact}; {remedy}")
+
+
+def _relative(name: str, folder: Path) -> str:
+    """A name as `image_names` has it; absolute ones below the folder are made relative."""
+    path = Path(name)
+    if path.is_absolute() and path.is_relative_to(folder.absolute()):
+        path = path.relative_to(folder.absolute())
+    return path.as_posix() if name else ""
+
+
+def _natural(name: str) -> tuple[bool, int, str]:
+    """Whole numbers by value, before words."""
+    number = name.isascii() and name.isdigit()
+    return not number, int(name) if number else 0, name
+
+
+def _drawn(names: Sequence[str], rows: Iterable[int], seed: int) -> list[int]:
+    """The rows in an order drawn from the seed and each one's own name."""
+
+    def key(i: int) -> bytes:
+        return hashlib.blake2b(f"jaxhisto split {seed} {names[i]}".encode()).digest()
+
+    return sorted(rows, key=key)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
