@@ -53,7 +53,8 @@ def pretrain(argv: Sequence[str]) -> int:
     config = parse(PretrainConfig, argv, "pretrain")
     from jaxhisto.pretrain.stopping import stop_requests
 
-    with stop_requests(config.out):  # importing JAX takes seconds, in which a request may come
+    # Importing JAX takes seconds, in which a request may come.
+    with stop_requests(config.out, at_once=True):
         if config.deterministic:
             from jaxhisto.xla_flags import make_deterministic
 

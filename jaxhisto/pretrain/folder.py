@@ -22,6 +22,9 @@ from jaxhisto.runlog import environment, write_atomically
 BEGUN = {"env.json", "data.json", ".lock"}
 """What a start that was killed before its config.json may leave; it counts as nothing."""
 
+HALVES = (".env.json.", ".data.json.", ".config.json.")
+"""So begin the names under which these are written, before they are renamed."""
+
 
 def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
     """Makes the run folder, or checks that it is this same run.
@@ -37,7 +40,7 @@ def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
             raise RunError(f"{out}: lies inside the data, {store}; give --out another folder.")
     if found.exists():
         check_same_run(config, tiles, out)
-    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - BEGUN):
+    elif out.exists() and (not out.is_dir() or not all(begun(p.name) for p in out.iterdir())):
         raise RunError(f"{out}: exists and is no run folder; give --out an empty or new folder.")
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,11 @@ def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
         write_atomically(out / "data.json", json.dumps(described(tiles), indent=1) + "\n")
         write_atomically(found, settings.to_json(config))
     return out
+
+
+def begun(name: str) -> bool:
+    """True for what a start that was killed early may leave in the folder."""
+    return name in BEGUN or name.startswith(HALVES)
 
 
 def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:
