@@ -68,7 +68,8 @@ def pretrain(argv: Sequence[str]) -> int:
         return supervise(launch, "pretrain", argv, run_record(config), config.out, debugging())
     from jaxhisto.pretrain.stopping import stop_requests
 
-    with stop_requests(config.out):  # importing JAX takes seconds, in which a request may come
+    # Importing JAX takes seconds, in which a request may come.
+    with stop_requests(config.out, at_once=True):
         from jaxhisto.distributed import held_together
         from jaxhisto.pretrain.run import pretrain as train
 

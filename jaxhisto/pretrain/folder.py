@@ -26,6 +26,9 @@ BEGUN = {"env.json", "data.json", ".lock"}
 SHARED_S = 15.0
 """How long a new file may take to be seen by the other hosts of a shared file system."""
 
+HALVES = (".env.json.", ".data.json.", ".config.json.")
+"""So begin the names under which these are written, before they are renamed."""
+
 
 def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
     """Makes the run folder, or checks that it is this same run.
@@ -41,7 +44,7 @@ def open_run(config: PretrainConfig, tiles: Tiles) -> Path:
             raise RunError(f"{out}: lies inside the data, {store}; give --out another folder.")
     if found.exists():
         check_same_run(config, tiles, out)
-    elif out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - BEGUN):
+    elif out.exists() and (not out.is_dir() or not all(begun(p.name) for p in out.iterdir())):
         raise RunError(f"{out}: exists and is no run folder; give --out an empty or new folder.")
     if is_main():
         out.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,11 @@ def appears(path: Path) -> bool:
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     return path.exists()
+
+
+def begun(name: str) -> bool:
+    """True for what a start that was killed early may leave in the folder."""
+    return name in BEGUN or name.startswith(HALVES)
 
 
 def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:

@@ -62,6 +62,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     if config.deterministic:
         xla_flags.check_deterministic(mesh.devices.flat[0].platform)
     tiles = open_tiles(config.data)
+    stop.check()
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
     check_profile(config.profile, steps)

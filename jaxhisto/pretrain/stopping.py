@@ -1,10 +1,10 @@
 """SIGTERM and Ctrl-C: the run ends in good order, saved where there is something to save.
 
-Three times are told apart. While a run starts (imports, checking the data, reading a checkpoint)
-nothing is lost by ending, so the request is an exception in the main thread. While the first step
-is compiled the main thread is inside XLA, minutes on some machines, and Python would deliver the
-signal only afterwards: a thread ends the process there. Once steps are taken, the loop looks at
-`is_set` after each, saves and raises `Stopped`.
+Four times are told apart. While Python imports nothing is written yet, and while XLA compiles
+the first step, minutes on some machines, nothing is being written: a thread ends the process at
+once, since Python would deliver the signal to the main thread only afterwards. While the run
+looks at its data, makes its folder or reads a checkpoint, the request is an exception in the main
+thread. Once steps are taken, the loop looks at `is_set` after each, saves and raises `Stopped`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ class _EndsStart(BaseException):
 class StopRequest:
     """Whether the run was asked to stop, and what to do about it at this time."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str, at_once: bool = False) -> None:
         self._sentence = f"{out}: stopped before the first step; start the same line again."
         self._asked = threading.Event()
-        self._starting, self._compiling = True, False
+        self._starting, self._at_once = True, at_once
 
     def is_set(self) -> bool:
         """True once the run was asked to stop."""
         return self._asked.is_set()
+
+    def check(self) -> None:
+        """Ends a start that was asked to end, where the exception was lost in a callback."""
+        if self._starting and self._asked.is_set():
+            raise _EndsStart
 
     @contextmanager
     def first_step(self, is_first: bool) -> Iterator[None]:
@@ -52,24 +57,25 @@ class StopRequest:
         if not is_first:
             yield
             return
-        self._compiling = True
+        self.check()
+        self._at_once = True
         try:
             yield
         finally:
-            self._compiling = self._starting = False
+            self._at_once = self._starting = False
 
     def ask(self, number: int, frame: Any) -> None:
         """The signal handler; a second request ends the process at once."""
         if self._asked.is_set():
             os._exit(128 + number)
         self._asked.set()
-        if self._starting:
+        if self._starting and not self._at_once:
             raise _EndsStart
 
     def watch(self, received: socket.socket) -> None:
-        """Runs in a thread of its own: sees a signal while the main thread is inside XLA."""
+        """Runs in a thread of its own: sees a signal whatever the main thread is doing."""
         while numbers := received.recv(16):
-            if self._compiling and set(numbers) & set(SIGNALS):
+            if self._at_once and set(numbers) & set(SIGNALS):
                 # The progress bar hid the cursor.
                 shown = "\x1b[?25h" if sys.stderr.isatty() else ""
                 os.write(2, f"{shown}jaxhisto pretrain: {self._sentence}\n".encode())
@@ -81,7 +87,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(out: str) -> Iterator[StopRequest]:
+def stop_requests(out: str, at_once: bool = False) -> Iterator[StopRequest]:
     """Listens to SIGTERM and SIGINT until the block ends; in other threads than the main, to none.
 
     Nor in one of several processes that train together: there JAX listens to SIGTERM, so that all
@@ -89,11 +95,12 @@ def stop_requests(out: str) -> Iterator[StopRequest]:
 
     Args:
       out: the run folder, for the sentence.
+      at_once: a request ends the process where it is, since nothing is written in the block.
 
     Raises:
       Stopped: asked to stop before the first step.
     """
-    stop = StopRequest(out)
+    stop = StopRequest(out, at_once)
     if threading.current_thread() is not threading.main_thread() or MEMBER in os.environ:
         yield stop
         return

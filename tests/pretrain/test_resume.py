@@ -277,7 +277,7 @@ def test_killed_at_20_moments_it_ends_in_the_same_bits(images, tmp_path):
 def test_sigterm_before_the_first_step_leaves_nothing_half_written(images, tmp_path):
     """While Python imports, while the run looks at its data, while XLA compiles."""
     moments = {
-        "importing": lambda out: time.sleep(1.0) or True,
+        "importing": lambda out: time.sleep(1.5) or True,
         "compiling": lambda out: (out / "views.png").exists() and (time.sleep(0.3) or True),
     }
     for name, moment in moments.items():

@@ -216,6 +216,7 @@ def test_a_start_that_died_before_its_config_counts_as_nothing(images, tmp_path)
     out = tmp_path / "run"
     out.mkdir()
     (out / "env.json").write_text("{}")
+    (out / ".data.json.4711").write_text("{")
     code, _, err = pretrain(out, images, "--steps", 1)
     assert code == 0, err
 
