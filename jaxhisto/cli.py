@@ -16,15 +16,12 @@ from jaxhisto.config import (
     DemoConfig,
     DistributedConfig,
     DoctorConfig,
-    ExportConfig,
-    ImportConfig,
     PlotConfig,
     PretrainConfig,
     TileConfig,
-    VerifyConfig,
-    ZooConfig,
 )
 from jaxhisto.errors import JaxhistoError
+from jaxhisto.file_config import ExportConfig, ImportConfig, VerifyConfig, ZooConfig
 from jaxhisto.flags import parse
 from jaxhisto.launch import MEMBER, Launch, find, inherited
 from jaxhisto.runlog import run_record, versions_record

@@ -7,15 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
-from jaxhisto.config import (
-    DataConfig,
-    DemoConfig,
-    ExportConfig,
-    ModelConfig,
-    PretrainConfig,
-    TileConfig,
-)
+from jaxhisto.config import DataConfig, DemoConfig, ModelConfig, PretrainConfig, TileConfig
 from jaxhisto.errors import JaxhistoError, RunError, SlideError
+from jaxhisto.file_config import ExportConfig
 from jaxhisto.slides.pyramid import write_pyramid
 
 MARK = ".jaxhisto-demo"

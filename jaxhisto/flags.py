@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from jaxhisto.config import EITHER, check, known
 from jaxhisto.errors import ConfigError
+from jaxhisto.settings import EITHER, check, known
 
 Config = TypeVar("Config")
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxhisto import plots, runlog
-from jaxhisto.config import PlotConfig, PretrainConfig, differences, from_json, identity
+from jaxhisto.config import PlotConfig, PretrainConfig
 from jaxhisto.errors import ConfigError, RunError
+from jaxhisto.settings import differences, from_json, identity
 
 MOST_NAMED = 3
 PLACES = ("out", "data.stores", "init")

@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jaxhisto.config import PretrainConfig, common
+from jaxhisto.config import PretrainConfig
 from jaxhisto.errors import RunError
+from jaxhisto.settings import common
 
 PACKAGES = ("jaxhisto", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

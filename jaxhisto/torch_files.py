@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxhisto import unet_weights, weights
-from jaxhisto.config import ExportConfig, ImportConfig, ModelConfig, ZooConfig
+from jaxhisto.config import ModelConfig
 from jaxhisto.errors import ConfigError, ExportError
+from jaxhisto.file_config import ExportConfig, ImportConfig, ZooConfig
 
 if TYPE_CHECKING:
     from jaxhisto_export.foreign import Imported

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto import __version__, tensor_file
-from jaxhisto.config import MonitorConfig, PretrainConfig, to_json
+from jaxhisto.config import MonitorConfig, PretrainConfig
 from jaxhisto.errors import ExportError
 from jaxhisto.models import resnet, simclr
+from jaxhisto.settings import to_json
 
 Array = NDArray[Any]
 Tree = dict[str, Any]

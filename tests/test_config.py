@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from jaxhisto import config as settings
+from jaxhisto import settings
 from jaxhisto.config import ModelConfig, PretrainConfig, TileConfig
 from jaxhisto.errors import ConfigError
 from jaxhisto.flags import parse, shipped_configs

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from jaxhisto.cli import main
-from jaxhisto.config import OptimConfig, PlotConfig, PretrainConfig, to_json
+from jaxhisto.config import OptimConfig, PlotConfig, PretrainConfig
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.overlay import plot_runs, run_names
+from jaxhisto.settings import to_json
 
 CONFIG = PretrainConfig(out="run", steps=3)
 

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxhisto import cli, torch_files, weights
-from jaxhisto.config import ModelConfig, PretrainConfig, to_json
+from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.models import simclr
 from jaxhisto.models.resnet import BOTTLENECK
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import read_metrics
+from jaxhisto.settings import to_json
 
 IMAGENET = ["--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225"]
 LAYOUTS = {
@@ -312,7 +313,7 @@ import sys, threading
 import optax, torch
 from orbax.checkpoint import v1
 import jaxhisto.pretrain.encoder, jaxhisto.torch_files, jaxhisto_export.layouts
-from jaxhisto.config import ExportConfig
+from jaxhisto.file_config import ExportConfig
 
 def private():
     lines = open("/proc/self/status").read().splitlines()

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from jaxhisto import tensor_file, weights
-from jaxhisto.config import ModelConfig, PretrainConfig, from_json
+from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.errors import ExportError
 from jaxhisto.models import simclr
+from jaxhisto.settings import from_json
 
 HEAD = {
     "fc.1.weight": (512, 512),

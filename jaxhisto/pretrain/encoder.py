@@ -21,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhisto import weights
 from jaxhisto.checkpoints import open_checkpoints
-from jaxhisto.config import ModelConfig, PretrainConfig, from_json
+from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh
 from jaxhisto.errors import ExportError
 from jaxhisto.golden import COUNT, golden_tiles
 from jaxhisto.models import simclr
 from jaxhisto.pretrain.step import make_embed
+from jaxhisto.settings import from_json
 
 Tree = dict[str, Any]
 Embed = Callable[[Tree, Tree, jax.Array], jax.Array]

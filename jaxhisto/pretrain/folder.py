@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxhisto import config as settings
+from jaxhisto import settings
 from jaxhisto.config import PretrainConfig
 from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import is_main

@@ -85,7 +85,11 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         tell(whence(config, begin, start))
         monitor.open(out, start)
         compiled = make_train_step(config, steps, steps_per_epoch)
-        taken = partial(step_bytes, compiled, state, config, tiles, mesh)
+
+        def taken() -> int:
+            with stop.compiling():
+                return step_bytes(compiled, state, config, tiles, mesh)
+
         feed = open_feed(config, tiles, mesh, start, steps, taken)
         with (
             closing(feed),

@@ -57,12 +57,21 @@ class StopRequest:
         if not is_first:
             yield
             return
+        try:
+            with self.compiling():
+                yield
+        finally:
+            self._starting = False
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Around what compiles and writes nothing: a request in here ends the process at once."""
         self.check()
         self._at_once = True
         try:
             yield
         finally:
-            self._at_once = self._starting = False
+            self._at_once = False
 
     def ask(self, number: int, frame: Any) -> None:
         """The signal handler; a second request ends the process at once."""

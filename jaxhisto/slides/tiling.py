@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxhisto import __version__
-from jaxhisto.config import TileConfig, check, identity
+from jaxhisto.config import TileConfig
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
+from jaxhisto.settings import check, identity
 from jaxhisto.slides import pool
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
 from jaxhisto.slides.pixel_size import GivenPixelSize

@@ -13,7 +13,7 @@ import pytest
 from compiled_text import collectives
 from jax.sharding import PartitionSpec as P
 
-from jaxhisto.config import MemoryConfig, ModelConfig, OptimConfig, PretrainConfig, identity
+from jaxhisto.config import MemoryConfig, ModelConfig, OptimConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.errors import RunError
 from jaxhisto.models import simclr
@@ -26,6 +26,7 @@ from jaxhisto.pretrain.step import (
     of_tiles,
     row_numbers,
 )
+from jaxhisto.settings import identity
 
 N, SIDE, PARTS = 32, 32, 2
 # The last maps of a 32-px tile have one pixel: groups of 4 images give BatchNorm 8 values there.

@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from jaxhisto.config import DataConfig, ModelConfig, MonitorConfig, PretrainConfig, from_json
+from jaxhisto.config import DataConfig, ModelConfig, MonitorConfig, PretrainConfig
 from jaxhisto.data.labelled import read_labelled
 from jaxhisto.data.sources import open_tiles
 from jaxhisto.distributed import make_mesh, to_global
@@ -36,6 +36,7 @@ from jaxhisto.pretrain.monitor import (
 from jaxhisto.pretrain.step import augmented, make_embed, normalise
 from jaxhisto.probes import LAMBDAS
 from jaxhisto.runlog import read_metrics, read_monitor
+from jaxhisto.settings import from_json
 from jaxhisto.weights import read_encoder
 
 SIDE, TILES = 32, 7
@@ -301,7 +302,8 @@ port, processes, process, out = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv
 if processes > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
 from pathlib import Path
-from jaxhisto.config import PretrainConfig, from_json
+from jaxhisto.config import PretrainConfig
+from jaxhisto.settings import from_json
 from jaxhisto.data.sources import open_tiles
 from jaxhisto.distributed import make_mesh
 from jaxhisto.pretrain.monitor import Monitor
@@ -319,7 +321,7 @@ with jax.set_mesh(mesh):
 def test_two_processes_measure_what_one_does(data, tmp_path):
     import socket
 
-    from jaxhisto.config import to_json
+    from jaxhisto.settings import to_json
 
     lines = {}
     for processes in (1, 2):

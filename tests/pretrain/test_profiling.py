@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jaxhisto.config import PretrainConfig, check
+from jaxhisto.config import PretrainConfig
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.pretrain.profiling import check_profile, profiled
+from jaxhisto.settings import check
 
 
 @pytest.fixture

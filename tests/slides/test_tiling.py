@@ -17,16 +17,18 @@ import openslide
 import pytest
 from made_slides import GLASS, PINK, half_tissue, painted, spoil, write_slide
 
-from jaxhisto.config import TileConfig, to_json
+from jaxhisto.config import TileConfig
 from jaxhisto.data.store import TileStore, is_store
 from jaxhisto.errors import ConfigError, SlideError, StoreError
+from jaxhisto.settings import to_json
 from jaxhisto.slides.cutting import Grid, order
 from jaxhisto.slides.tiling import checked, find_slides, tile
 
 RUN = """
 import sys
 from pathlib import Path
-from jaxhisto.config import TileConfig, from_json
+from jaxhisto.config import TileConfig
+from jaxhisto.settings import from_json
 from jaxhisto.errors import JaxhistoError
 from jaxhisto.slides.tiling import tile
 if __name__ == "__main__":

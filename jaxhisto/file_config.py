@@ -1,0 +1,95 @@
+"""Settings of the verbs that turn files into files, as `config.py` has those of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxhisto.config import POSITIONAL, within
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write an encoder as a PyTorch, timm or ONNX file, or as a folder with all; or a UNet."""
+
+    run: str = field(metadata=POSITIONAL)
+    """Run folder of `jaxhisto pretrain` (its newest checkpoint is taken), an
+    encoder.safetensors, a unet.safetensors, or a name of `jaxhisto zoo list`."""
+    out: str = ""
+    """The file to write; of layout timm, the folder."""
+    layout: Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"] = "published"
+    """`published`: state_dict under model.resnet., head last, as the released weights;
+    `torchvision`: flat, for a strict load into a stock ResNet; `dsmil`: flat, head last, for
+    loaders by position; `timm`: a folder for timm.create_model; `smp`: the encoder of
+    segmentation_models_pytorch, and of a UNet its whole Unet; `onnx`: for onnxruntime."""
+    bundle: str = ""
+    """Instead of `out`: a folder to upload, with every layout, model card, golden tiles and
+    checksums."""
+    card: bool = False
+    """Also write the model card, README.md beside the file."""
+    fc: Literal["none", "zero"] = "none"
+    """Of layout torchvision: leave `fc` out, or write a zero one of 1000 classes."""
+    normalise: bool = False
+    """Of layout onnx: take uint8 RGB tiles and normalise inside the graph."""
+    force: bool = False
+    """Replace what is there under that name, once the new one is whole."""
+    licence: str = ""
+    """Licence of the weights, written into the file."""
+    stains: tuple[str, ...] = ()
+    """Stains of the tiles trained on, written into the file: H&E, IHC."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Read another project's ResNet or Unet as one of ours; its pickle is never executed."""
+
+    file: str = field(metadata=POSITIONAL)
+    """A .pth, .pt, .ckpt, .safetensors or ONNX file, a timm folder, or a name of
+    `jaxhisto zoo list`."""
+    out: str
+    """Folder for encoder.safetensors and golden.safetensors, or for unet.safetensors and
+    unet.safetensors.golden.safetensors; or a name ending in .safetensors."""
+    part: Literal["", "encoder", "unet"] = ""
+    """Of a file with a whole Unet of segmentation_models_pytorch: take that, which is the
+    default, or its `encoder` alone."""
+    class_names: tuple[str, ...] = ()
+    """Names of a Unet's classes, in order, where the file does not say."""
+    arch: Literal["", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101"] = ""
+    """The architecture you expect; another one in the file is then refused."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Mean that the encoder wants subtracted from RGB in 0..1, where the file does not say:
+    0.485 0.456 0.406 for ImageNet's, 0.5 0.5 0.5 for the published weights."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Standard deviation to divide by, likewise: 0.229 0.224 0.225 for ImageNet's."""
+    tile_px: int = within(224, 8, 8192)
+    """Side of the tiles it was trained on in pixels, where the file does not say."""
+    mpp_range: tuple[float, float] | None = within(None, 1e-3, 1e3, ordered=True)
+    """Smallest and largest um/px of these tiles, where the file does not say."""
+    licence: str = ""
+    """Licence of the weights, where the file does not say."""
+    force: bool = False
+    """Replace what is there under that name, once the new one is whole."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Check an exported file against a stock torchvision ResNet, and against another file."""
+
+    file: str = field(metadata=POSITIONAL)
+    """The file, or the folder of layout timm."""
+    against: str = ""
+    """Another file, of any layout, that should hold the same weights."""
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """Published encoders: what there is, and how to get it."""
+
+    action: Literal["list", "get"] = field(metadata=POSITIONAL)
+    """`list` the registry, or `get` a file into the cache."""
+    name: str = field(default="", metadata=POSITIONAL)
+    """Of `get`: a name from the list."""
+    source: str = field(default="", metadata={"flag": "from"})
+    """A folder or address that holds the file, instead of where the registry says."""
+    unchecked: bool = False
+    """Take a file whose SHA-256 the registry does not know."""
