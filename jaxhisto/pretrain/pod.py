@@ -19,14 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhisto.config import ModelConfig, OptimConfig, PretrainConfig
 from jaxhisto.distributed import exchange, held_together, is_main, make_mesh, to_global
-from jaxhisto.pretrain.step import (
-    TrainState,
-    augmented,
-    init_state,
-    make_loss_and_grads,
-    make_train_step,
-    replicate,
-)
+from jaxhisto.pretrain.step import TrainState, init_state, make_train_step, replicate
 
 STEPS, BATCHES, SCHEDULE = 5, 3, 50
 SIDE, TILE = 32, 48
@@ -40,7 +33,7 @@ TOLERANCE = {
 another order. What is wrong with the code is off by 1e-2 and more."""
 
 Outcome = dict[str, dict[str, np.ndarray]]
-Probe = Callable[..., tuple[TrainState, dict[str, jax.Array], Any]]
+Probe = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -174,17 +167,7 @@ def make_batch(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def probe(config: PretrainConfig) -> Probe:
     """The real training step, which hands out the gradient too."""
-    train_step = make_train_step(config, SCHEDULE, 1.0)
-    loss_and_grads = make_loss_and_grads(config)
-
-    def step(
-        state: TrainState, tiles: jax.Array, sizes: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array], Any]:
-        views = augmented(config, state.step, tiles, sizes)
-        grads = loss_and_grads(state.params, state.batch_stats, views)[3]
-        return *train_step(state, tiles, sizes), grads
-
-    return jax.jit(step)
+    return make_train_step(config, SCHEDULE, 1.0, with_gradient=True)
 
 
 def worst_of_steps(
@@ -216,13 +199,13 @@ def worst_of_steps(
 def outcome(step: Probe, mesh: Mesh, state: Any, rows: Any) -> tuple[Any, Outcome]:
     """The state after one step on the mesh, and what is compared of it, on the host."""
     with jax.set_mesh(mesh):
-        new, metrics, grads = step(replicate(state, mesh), *to_global(rows, mesh))
-    new, loss, grads = (host(tree) for tree in (new, metrics["loss"], grads))
+        new, metrics = step(replicate(state, mesh), *to_global(rows, mesh))
+    new, loss, gradient = (host(tree) for tree in (new, metrics["loss"], metrics["gradient"]))
     # LARS's momentum is the update, rate included; it is the only state with axes.
     momentum = {key: leaf for key, leaf in named(new.opt_state).items() if np.ndim(leaf)}
     return new, {
         "loss": {"": loss},
-        "gradient": named(grads),
+        "gradient": named(gradient),
         "BatchNorm statistics": named(new.batch_stats),
         "update": momentum,
     }

@@ -83,9 +83,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def make_train_step(
-    config: PretrainConfig, steps: int, steps_per_epoch: float
+    config: PretrainConfig, steps: int, steps_per_epoch: float, *, with_gradient: bool = False
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
     """The compiled step; call it with the mesh set. The state passed in is consumed.
+
+    Args:
+      config: the run's settings.
+      steps, steps_per_epoch: of the schedule.
+      with_gradient: also hand out the gradient, as the metric `gradient`, for checks.
 
     Returns:
       (state, tiles (N, H, W, 3) uint8, sizes (N, 2) int32) -> (state, metrics), tiles and
@@ -102,7 +107,8 @@ def make_train_step(
         fixed = (state.batch_stats, state.step)
         loss, metrics, stats, grads = loss_and_grads(state.params, fixed, rows)
         new, of_update = update(replace(state, batch_stats=stats), grads)
-        return new, {"loss": loss} | of_update | metrics
+        handed_out: dict[str, Any] = {"gradient": grads} if with_gradient else {}
+        return new, {"loss": loss} | of_update | metrics | handed_out
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(config))
 

@@ -42,8 +42,8 @@ def own_statistics(self: BatchNorm, x: jax.Array, *, train: bool = False) -> jax
     for running, new in ((self.mean, mean[0]), (self.var, var[0])):
         blended = self.MOMENTUM * running[...] + (1 - self.MOMENTUM) * new
         running[...] = jax.lax.stop_gradient(blended)
-    gain = self.scale[...] * jax.lax.rsqrt(var + self.EPSILON)
-    offset = self.bias[...] - mean * gain
+    gain = self.scale[...][None] * jax.lax.rsqrt(var + self.EPSILON)
+    offset = self.bias[...][None] - mean * gain
     y = parts * gain[:, None, None, None] + offset[:, None, None, None]
     return jax.reshard(y.reshape(x.shape), P("data")).astype(x.dtype)
 
@@ -79,14 +79,21 @@ def test_four_devices_train_as_one():
     assert all(found[name].error <= tolerance for name, tolerance in TOLERANCE.items()), found
 
 
-@pytest.mark.parametrize("fault", ["negatives", "BatchNorm"])
-def test_a_planted_fault_fails_that_comparison(fault, capsys):
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        # The forward pass up to z is right, and with it BatchNorm.
+        ("negatives", {"loss", "gradient", "update"}),
+        ("BatchNorm", {"loss", "gradient", "BatchNorm statistics", "update"}),
+    ],
+)
+def test_a_planted_fault_fails_that_comparison(fault, seen, capsys):
     found = compare(make_mesh(4), faulty(fault))
     print(found)
     failed = {name for name in TOLERANCE if not found[name].error <= TOLERANCE[name]}
-    assert failed == set(TOLERANCE), found
-    assert found["update"].error > 1e-2
-    assert len(pod.table(found)) == len(TOLERANCE)
+    assert failed == seen, found
+    assert min(found[name].error for name in seen) > 1e-2
+    assert len(pod.table(found)) == len(seen)
 
 
 def test_exchanges_are_checked_on_known_numbers(monkeypatch, capsys):
