@@ -16,7 +16,7 @@ EXEMPT = ("bias", "scale")
 """Leaf names of biases and of BatchNorm's two parameters."""
 
 LAMB = {"b1": 0.9, "b2": 0.999, "eps": 1e-6}
-"""LAMB's moments and epsilon, optax's defaults; LAMB is known by its rate alone in the paper."""
+"""LAMB's moments and epsilon: optax's defaults, the paper names its rate alone."""
 
 
 def build_optimizer(

@@ -64,7 +64,7 @@ def ridge_scores(
 
     Features are standardised with the training rows' mean and deviation. Of `lambdas` the one
     with the least squared leave-one-out error on the training rows is taken; that error is exact
-    without refitting: the residual over one minus the leverage (Golub, Heath & Wahba 1979).
+    without refitting: the residual over one minus the leverage (Allen 1974, PRESS).
 
     Args:
       train, test: (n, d) and (m, d) features.
@@ -142,7 +142,7 @@ def effective_rank(x: ArrayLike) -> float:
 
 
 def alignment(z: ArrayLike, alpha: float = 2.0) -> float:
-    """Mean of ||a - b||^alpha over positive pairs on the unit sphere (Wang & Isola 2020, eq. 2).
+    """Mean of ||a - b||^alpha over positive pairs on the unit sphere (Wang & Isola 2020).
 
     Args:
       z: (n, 2, D), the two views of each image, of any length.
@@ -155,7 +155,7 @@ def alignment(z: ArrayLike, alpha: float = 2.0) -> float:
 
 
 def uniformity(z: ArrayLike, t: float = 2.0) -> float:
-    """log of the mean over pairs i < j of exp(-t ||z_i - z_j||^2) (Wang & Isola 2020, eq. 3).
+    """log of the mean over pairs i < j of exp(-t ||z_i - z_j||^2) (Wang & Isola 2020).
 
     Args:
       z: (n, D), one view of each of n >= 2 images, of any length.

@@ -39,10 +39,11 @@ class TrustRatio:
 
 
 def trust_ratios(config: OptimConfig, params: Any, norms: np.ndarray) -> list[TrustRatio]:
-    """The trust ratios of a step (You et al. 2017, eq. 6; 2020, alg. 2).
+    """The trust ratios of a step (LARS: You et al. 2017; LAMB: You et al. 2020).
 
-    LARS: coefficient ||w|| / ||g + decay w||, biases and BatchNorm exempt. LAMB: ||w|| / ||u +
-    decay w|| with Adam's direction u, nothing exempt. 1 where a norm is zero, as in optax.
+    LARS: coefficient ||w|| / ||g + decay w||, as google-research/simclr, biases and BatchNorm
+    exempt. LAMB: ||w|| / ||u + decay w|| with Adam's direction u, nothing exempt. 1 where a norm
+    is zero, as in optax.
 
     Args:
       params: a tree of the same structure.

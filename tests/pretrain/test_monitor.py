@@ -92,9 +92,11 @@ def run(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(run):
+def exported(run, data):
     """(params, batch_stats) of the exported encoder."""
-    return read_encoder(write_encoder(run[0])[0])[:2]
+    params, stats, metadata = read_encoder(write_encoder(run[0])[0])
+    assert str(data) not in json.dumps(metadata)  # where the labelled set lies is nobody's business
+    return params, stats
 
 
 def test_probes_are_scikit_learns_on_the_exported_encoders_features(run, data, exported):
@@ -188,7 +190,7 @@ def test_a_steps_time_is_split(run):
     for name in ("checkpoint_s", "monitor_s"):
         assert [line[name] > 0 for line in lines] == [False, False, True, False]
     measured = read_monitor(run[0])[1]["monitor_s"]
-    assert lines[2]["monitor_s"] == pytest.approx(measured, rel=0.2, abs=0.2)
+    assert measured <= lines[2]["monitor_s"] < measured + 5
     assert all("memory_bytes" not in line for line in lines)  # a CPU says nothing
 
 

@@ -36,18 +36,18 @@ def feed_of(waits):
 def test_waiting_for_data_is_not_the_steps_time(warm):
     clock, found = StepClock(), []
     held = None
-    for _, batch, wait_s in clock.timed(feed_of([0.0, 1.0, 0.0])):
+    for _, batch, wait_s in clock.timed(feed_of([0.0, 2.0, 0.0])):
         assert batch == "batch"
         times = clock.handed_over(slow(warm))
         if held is not None:
             found.append((held[0](), held[1]))  # one step late, as the loop does
         held = times, wait_s
     found.append((held[0](), held[1]))
-    assert [round(wait, 1) for _, wait in found] == [0.0, 1.0, 0.0]
-    # Each took 0.3 s; the first was read after the second's data had come, 1 s later, and the
+    assert [wait > 1.9 for _, wait in found] == [False, True, False]
+    # Each took 0.3 s; the first was read after the second's data had come, 2 s later, and the
     # third stood behind the second.
     for times, _ in found:
-        assert 0.25 < times["step_s"] < 0.75
+        assert 0.25 < times["step_s"] < 1.5
 
 
 def test_the_loop_held_up_is_in_the_next_steps_times(warm):
@@ -60,7 +60,7 @@ def test_the_loop_held_up_is_in_the_next_steps_times(warm):
         raise OSError("full")
     after, then = clock.handed_over(warm), clock.handed_over(warm)
     assert before()["checkpoint_s"] == 0
-    assert after()["checkpoint_s"] == pytest.approx(0.3, abs=0.1)
+    assert 0.3 <= after()["checkpoint_s"] < 1.5
     assert then()["checkpoint_s"] == 0
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxhisto.config import OptimConfig
+from jaxhisto.config import OptimConfig, PretrainConfig
 from jaxhisto.optim import build_optimizer, build_schedule, trust_norms
+from jaxhisto.pretrain.step import TrainState, make_update
 from jaxhisto.pretrain.trust import report_trust_ratios, trust_ratios
 from jaxhisto.weights import torch_name
 
@@ -93,6 +94,17 @@ def test_lamb_ratios_are_what_optax_multiplies_the_rate_with(params, grads, step
         np.testing.assert_allclose(
             u[r.parameter], -rate * r.trust_ratio * whole, rtol=1e-4, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_the_compiled_step_gives_the_norms(params, grads, name):
+    config = PretrainConfig(out="run", optim=OptimConfig(name, rate=RATE, warmup_epochs=0))
+    tx, _ = build_optimizer(config.optim, config.batch_size, 100, 1.0)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    _, metrics = jax.jit(make_update(config, 100, 1.0))(state, grads)
+    _, norms = stepped(config.optim, params, grads)
+    np.testing.assert_allclose(metrics["trust_norms"], norms, rtol=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(norms[1]), rel=1e-5)
 
 
 def test_a_ratio_by_hand_and_the_file(tmp_path):
