@@ -201,6 +201,9 @@ class NoLog:
     def scalars(self, step: int, metrics: dict[str, float], wait_s: float) -> None:
         """Writes nothing."""
 
+    def board(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        """Shows nothing."""
+
     def finish(self) -> None:
         """Writes nothing."""
 
