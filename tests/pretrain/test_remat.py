@@ -46,7 +46,7 @@ def convolutions(program: Any) -> int:
     return len(re.findall(r" convolution\(", program.as_text()))
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_numbers_are_the_same_and_sent_once(devices: int) -> None:
     (plain, inputs), (remat, _) = compiled(PLAIN, devices), compiled(REMAT, devices)
     loss, metrics, stats, grads = jax.device_get(plain(*inputs))
