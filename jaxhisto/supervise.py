@@ -36,7 +36,10 @@ NOISE = re.compile(
     r"[EFWI]\d{4} [\d:.]+ +\d+ (client\.h|coordination_service|preemption_notifier|add_port)"
     r"|\[Gloo\] Rank|W\d{4} .* \[\d+\] ConnectAfterBarrierPasses"
 )
-FATAL = re.compile(r"F\d{4} .* client\.h|\*\*\* Check failure stack trace")
+FATAL = re.compile(
+    r"F\d{4} .* client\.h|\*\*\* Check failure stack trace"
+    r"|E\d{4} .* coordination_service.*(Use error polling|Polled an error)"
+)
 SILENT = re.compile(r"stopped sending heartbeats\):\s*((?:\S*?\d+[,\s]+)+)")
 
 
@@ -107,9 +110,10 @@ class Child:
             for raw in source:
                 text = raw.decode(errors="replace")
                 self._tail.append(text)
-                # After this line the process is only writing its stack trace.
+                # After this line the process only writes more of the same, and its stack trace.
                 fatal = fatal or bool(FATAL.match(text))
-                if self._debug or not (fatal or NOISE.match(text)):
+                ours = self._debug or text.startswith("jaxhisto ")
+                if ours or not (fatal or NOISE.match(text)):
                     to.write(text)
                     to.flush()
 
