@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxhisto.config import MemoryConfig
+
 TILES, EPOCHS, SIDE, PROJECTION = 400_000, 1000, 224, 128
 """The paper's recipe (arXiv 2011.13971, sec. 4 and 5)."""
 DEVICES = (1, 8, 64, 512)
@@ -136,9 +138,14 @@ class Step:
         return 2 * 2 * F32 * self.model.channels
 
     @property
+    def columns(self) -> int:
+        """Views that the loss takes at a time by `--memory.loss auto`; 0: all, the dense form."""
+        return MemoryConfig().columns(self.batch)
+
+    @property
     def z_bytes(self) -> float:
-        """Both projections of each image, float32."""
-        return 2 * F32 * PROJECTION * self.batch
+        """Both projections of each image, float32; the chunked loss gathers three numbers more."""
+        return 2 * F32 * (PROJECTION + (3 if self.columns else 0)) * self.batch
 
     @property
     def sent_bytes(self) -> float:
@@ -148,10 +155,10 @@ class Step:
 
     @property
     def compute_s(self) -> float:
-        """Convolutions on the own images; the dense loss, which each device computes whole: a
-        product of 2N x 128 by 128 x 2N, and two more backward, in float32."""
+        """Convolutions on the own images, and the loss in float32: three products of the 2N x 2N
+        similarities by 128, whole on each device in the dense form, shared out in the chunked."""
         loss = 3 * 2 * (2 * self.batch) ** 2 * PROJECTION / self.machine.f32_flops
-        return self.convolutions_s + loss
+        return self.convolutions_s + loss / (self.devices if self.columns else 1)
 
     @property
     def convolutions_s(self) -> float:
@@ -178,10 +185,15 @@ class Step:
 
     @property
     def memory_bytes(self) -> float:
-        """Of one device: weights, gradient, momentum; activations; four 2N x 2N of the loss."""
+        """Of one device: weights, gradient, momentum; activations; the loss (docs/memory.md):
+        three 2N x 2N dense; chunked, two blocks of the own rows and three times all views."""
         state = 3 * F32 * self.model.parameters
         images = self.batch / self.devices * self.model.activation_bytes
-        return state + images + 4 * F32 * (2 * self.batch) ** 2
+        views = 2 * self.batch
+        if not self.columns:
+            return state + images + 3 * F32 * views**2
+        blocks = 2 * F32 * views / self.devices * min(self.columns, views)
+        return state + images + blocks + 3 * F32 * views * PROJECTION
 
     @property
     def images_per_s(self) -> float:
@@ -199,7 +211,7 @@ class Step:
         parts = {
             "BatchNorm's exchanges": self.norm_s,
             "gradients": self.gradient_s,
-            "the loss on each device": self.compute_s - self.convolutions_s,
+            "the loss": self.compute_s - self.convolutions_s,
         }
         if self.memory_bytes > self.machine.memory_gb * 1e9:
             return "does not fit"
@@ -241,7 +253,7 @@ def row(step: Step) -> list[str]:
         f"{step.seconds * 1e3:.2f}",
         f"{step.images_per_s:,.0f}",
         f"{step.efficiency:.0%}",
-        f"{step.hours:.1f}",
+        f"{step.hours:.2g}",
         step.held_up_by,
     ]
 
