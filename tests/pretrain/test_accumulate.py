@@ -113,7 +113,7 @@ def check_same_training(found: Result, expected: Result) -> None:
 def test_that_comparison_sees_negatives_of_the_own_micro_batch_only(
     at_once: Result, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def own_only(z: jax.Array, temperature: float) -> tuple[jax.Array, dict]:
+    def own_only(z: jax.Array, temperature: float, chunk: int) -> tuple[jax.Array, dict]:
         losses, metrics = jax.vmap(lambda z: nt_xent(z, temperature))(cut(z, PARTS))
         return losses.mean(), jax.tree.map(jnp.mean, metrics)
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.distributed import make_mesh
-from jaxhisto.models.resnet import BatchNorm
+from jaxhisto.models.batchnorm import BatchNorm
 from jaxhisto.pretrain import pod
 from jaxhisto.pretrain import step as step_module
 from jaxhisto.pretrain.loss import nt_xent
@@ -29,7 +29,7 @@ def shards(x: jax.Array) -> jax.Array:
     return whole.reshape(jax.sharding.get_abstract_mesh().size, -1, *x.shape[1:])
 
 
-def own_negatives(z: jax.Array, temperature: float) -> tuple[jax.Array, dict]:
+def own_negatives(z: jax.Array, temperature: float, chunk: int) -> tuple[jax.Array, dict]:
     losses, metrics = jax.vmap(lambda part: nt_xent(part, temperature))(shards(z))
     return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
