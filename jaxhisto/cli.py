@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from shlex import quote
 
 from jaxhisto import __version__
@@ -20,7 +21,7 @@ from jaxhisto.config import (
     PretrainConfig,
     TileConfig,
 )
-from jaxhisto.errors import JaxhistoError
+from jaxhisto.errors import ConfigError, JaxhistoError
 from jaxhisto.file_config import ExportConfig, ImportConfig, VerifyConfig, ZooConfig
 from jaxhisto.flags import parse
 from jaxhisto.launch import MEMBER, Launch, find, inherited
@@ -62,19 +63,22 @@ def pretrain(argv: Sequence[str]) -> int:
     if launch is not None:
         from jaxhisto.supervise import supervise
 
+        check_init(config.init)
         return supervise(launch, "pretrain", argv, run_record(config), config.out, debugging())
     from jaxhisto.pretrain.stopping import stop_requests
 
     # Importing JAX takes seconds, in which a request may come.
     with stop_requests(config.out, at_once=True):
-        from jaxhisto.distributed import held_together
+        from jaxhisto.distributed import held_together, main_first
         from jaxhisto.pretrain.run import pretrain as train
 
-        if config.init:
-            from jaxhisto.torch_files import encoder_files
-
-            config = replace(config, init=str(encoder_files(config.init)[0]))
         with held_together():
+            if config.init:
+                from jaxhisto.torch_files import encoder_files
+
+                # One after the other: all may share the cache that a file is downloaded into.
+                files = main_first(lambda: encoder_files(config.init))
+                config = replace(config, init=str(files[0]))
             out = train(config)
     say_next(f"jaxhisto export {quote(str(out))} --layout published --out encoder.ckpt")
     return 0
@@ -137,6 +141,20 @@ def doctor(argv: Sequence[str]) -> int:
     from jaxhisto.doctor import examine
 
     return examine(config)
+
+
+def check_init(init: str) -> None:
+    """Refuses to start several processes from a run folder, whose export is one process's work.
+
+    Raises:
+      ConfigError: with the file to name instead.
+    """
+    if (Path(init) / "data.json").is_file():
+        file = Path(init) / "encoder.safetensors"
+        raise ConfigError(
+            f"--init {init}: is a run, which several processes cannot export; run `jaxhisto export "
+            f"{quote(init)} --layout published --out encoder.ckpt` once and pass --init {file}."
+        )
 
 
 def several(config: DistributedConfig) -> Launch | None:

@@ -244,14 +244,21 @@ def read_monitor(run: str | Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Appends a line of JSON with the time; numbers that are not finite become null.
+    """Appends a line of JSON with the time, all of it or nothing; what is not finite becomes null.
 
     Raises:
       RunError: it cannot be written.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(_json_line(values))
+        with path.open("ab", buffering=0) as file:
+            whole, line = file.seek(0, os.SEEK_END), _json_line(values).encode()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError:
+                # A full disk takes the beginning of a line; the next one must not go on from it.
+                file.truncate(whole)
+                raise
     except OSError as error:
         raise _cannot_write(path, error) from error
 

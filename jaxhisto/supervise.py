@@ -32,6 +32,10 @@ same refusal, and it may be writing."""
 LAST_S = 60.0
 """Time process 0 waits for the others to end after it has."""
 
+REPEAT_S = 1.0
+"""A second request to stop within this time is the first one's echo: `timeout` and `scancel` tell
+a process and then its whole group."""
+
 NOISE = re.compile(
     r"[EFWI]\d{4} [\d:.]+ +\d+ (client\.h|coordination_service|preemption_notifier|add_port)"
     r"|\[Gloo\] Rank|W\d{4} .* \[\d+\] ConnectAfterBarrierPasses"
@@ -271,6 +275,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._child: Child | None = None
+        self._first = 0.0
         self.count = 0
 
     def hand_to(self, child: Child) -> None:
@@ -281,6 +286,9 @@ class Signals:
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.count and time.monotonic() - self._first < REPEAT_S:
+            return
+        self._first = self._first or time.monotonic()
         self.count += 1
         assert self._child is not None
         # JAX listens for SIGTERM and makes all processes stop at the same step.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,26 @@ def test_lines_appended_stand_whole_with_their_time(tmp_path):
     keep_steps(path, 1)
     assert [m["step"] for m in read_monitor(tmp_path)] == [0]
     assert read_monitor(tmp_path / "nowhere") == []
+
+
+def test_a_full_disk_leaves_no_half_line_for_the_next_to_go_on_from(tmp_path):
+    program = """
+import resource, sys
+from pathlib import Path
+from jaxhisto.errors import RunError
+from jaxhisto.runlog import append_line
+path, endless = Path(sys.argv[1]), resource.RLIM_INFINITY
+append_line(path, {"step": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, endless))
+try:
+    append_line(path, {"step": 2})
+except RunError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
+    append_line(path, {"step": 3})
+"""
+    path = tmp_path / "monitor.jsonl"
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    assert [line["step"] for line in read_monitor(tmp_path)] == [1, 3]
 
 
 def test_a_line_that_cannot_be_written_is_one_sentence(tmp_path):

@@ -130,6 +130,10 @@ class Monitor:
             self._embed = make_embed_both(config)
             self._views = jax.jit(_flat_views, static_argnums=0)
 
+    def record(self) -> dict[str, dict[str, Any]]:
+        """What all processes must hold alike, for `distributed.agree`: each feeds its own rows."""
+        return {"monitor": {"labelled set": None if self._set is None else self._set.hash}}
+
     def open(self, out: Path, start: int) -> None:
         """Begins at `start` steps done; lines of steps that are done again are cut off."""
         self._path = out / MONITOR

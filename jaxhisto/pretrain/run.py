@@ -68,7 +68,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     check_profile(config.profile, steps)
     monitor = Monitor(config, tiles, mesh, steps, steps_per_epoch, tell)
     begin = starting_weights(config)
-    agree(must_be_equal(config, tiles, begin))
+    agree(must_be_equal(config, tiles, begin) | monitor.record())
     out = main_first(lambda: open_run(config, tiles))
     tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
@@ -102,9 +102,10 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
             saving = Saving(checkpoints, config.checkpoint_every, {"data_hash": tiles.hash})
             for step, batch, wait_s in clock.timed(feed):
                 if step == 0:
-                    draw_views(config, out, batch)
-                    if monitor.due(0):
-                        log.board(0, monitor.measure(0, state), "monitor/")
+                    with stop.compiling():
+                        draw_views(config, out, batch)
+                        before = monitor.measure(0, state) if monitor.due(0) else {}
+                    log.board(0, before, "monitor/")
                 with stop.first_step(step == start):
                     state, metrics = train_step(state, batch.tiles, batch.sizes)
                 if step == start:
@@ -122,16 +123,20 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
                     with clock.holding("checkpoint_s"):
                         saving.start(step + 1, state)
                 if stopping and not last:
-                    saving.finish()
-                    log.finish()
+                    main_first(partial(finish, saving, log))
                     raise Stopped(
                         f"{out}: stopped at step {step + 1} of {steps}, checkpoint written; start "
                         "the same line again."
                     )
-            saving.finish()
-            log.finish()
+            main_first(partial(finish, saving, log))
     draw_loss(config, out)
     return out
+
+
+def finish(saving: Saving, log: Any) -> None:
+    """Returns when the last checkpoint and every line of the log are on disk."""
+    saving.finish()
+    log.finish()
 
 
 def whence(config: PretrainConfig, begin: tuple[Any, Any] | None, start: int) -> str:

@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from jaxhisto.errors import RunError
 from jaxhisto.launch import MEMBER
+from jaxhisto.supervise import REPEAT_S
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,6 +42,7 @@ class StopRequest:
     def __init__(self, out: str, at_once: bool = False) -> None:
         self._sentence = f"{out}: stopped before the first step; start the same line again."
         self._asked = threading.Event()
+        self._first = 0.0
         self._starting, self._at_once = True, at_once
 
     def is_set(self) -> bool:
@@ -76,7 +79,10 @@ class StopRequest:
     def ask(self, number: int, frame: Any) -> None:
         """The signal handler; a second request ends the process at once."""
         if self._asked.is_set():
+            if time.monotonic() - self._first < REPEAT_S:
+                return
             os._exit(128 + number)
+        self._first = time.monotonic()
         self._asked.set()
         if self._starting and not self._at_once:
             raise _EndsStart
