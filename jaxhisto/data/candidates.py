@@ -70,7 +70,10 @@ def open_pool(config: SampleConfig, known: Known) -> Pool:
         failures_allowed=config.failures_allowed,
         threads=config.threads,
     )
-    tiles = open_tiles(data)
+    try:
+        tiles = open_tiles(data)
+    except StoreError as error:
+        raise StoreError(_in_our_flags(str(error))) from error
     slides: list[Slide] = []
     records = []
     for i, (source, (name, path)) in enumerate(zip(tiles.sources, named, strict=True)):
@@ -214,6 +217,14 @@ def _at_resolution(mpp: float | None, config: SampleConfig) -> bool:
         abs(mpp - want) <= config.mpp_tolerance * want * (1 + 1e-9) for want in config.mpp if mpp
     )
     return not config.mpp or any(near)
+
+
+def _in_our_flags(text: str) -> str:
+    """A refusal of `pretrain`'s data, with the flags that this verb has."""
+    ours = {"--data.stores": "the sources", "--data.failures": "--failures", "--data.ex": "--ex"}
+    for theirs, here in ours.items():
+        text = text.replace(theirs, here)
+    return text
 
 
 def _few(names: Sequence[str]) -> str:
