@@ -32,8 +32,8 @@ def test_each_resolution_and_all_of_them(stores, tmp_path: Path) -> None:
         ("0.25", 100),
     ):  # 512 x 512 px of tissue; 100 at most
         out = tmp_path / f"{mpp}.jsonl"
-        line = ["sample", *map(str, stores), "--percent", "50", "--mpp", mpp, "--out", str(out)]
-        assert main(line) == 0
+        flags = ["--percent", "50", "--minimum", "0", "--mpp", mpp, "--out", str(out)]
+        assert main(["sample", *map(str, stores), *flags]) == 0
         manifest = read_manifest(out)
         assert manifest.datasets[0]["available"] == count
         assert {entry.mpp for entry in manifest.entries} == {float(mpp)}
