@@ -138,7 +138,7 @@ def read_manifest(path: Path | str) -> Manifest:
     """Reads a list, its sha256 verified.
 
     Raises:
-      StoreError: no such file, not a manifest, edited since it was drawn, or a tile twice.
+      StoreError: no such file, not a manifest, edited since it was drawn, empty, or a tile twice.
     """
     path = Path(path)
     try:
@@ -158,6 +158,8 @@ def read_manifest(path: Path | str) -> Manifest:
             f"restore the file, or {AGAIN}."
         )
     entries = [_entry(path, n, line) for n, line in enumerate(body.splitlines(), 2)]
+    if not any(entry.tiles for entry in entries):
+        raise StoreError(f"{path}: lists no tile; {AGAIN}.")
     _refuse_twice(path, entries)
     try:
         about = {name: header[name] for name in ("rule", "seed", "sources", "datasets")}

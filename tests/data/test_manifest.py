@@ -111,6 +111,12 @@ def test_a_tile_twice_is_refused(tmp_path: Path, entries: list[Entry]) -> None:
         read_manifest(tmp_path / "l")
 
 
+def test_an_empty_list_is_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "l", Manifest({}, 0, [], [], []))
+    with pytest.raises(StoreError, match="lists no tile"):
+        read_manifest(tmp_path / "l")
+
+
 def test_exactly_the_listed_tiles_in_the_lists_order(listed: Path, data: dict[str, Path]) -> None:
     mix = opened(listed, *data.values(), max_side=20)
     expected = []
