@@ -22,7 +22,14 @@ from jaxhisto.config import (
     TileConfig,
 )
 from jaxhisto.errors import ConfigError, JaxhistoError
-from jaxhisto.file_config import ExportConfig, ImportConfig, VerifyConfig, ZooConfig
+from jaxhisto.file_config import (
+    CatalogConfig,
+    ExportConfig,
+    ImportConfig,
+    SampleConfig,
+    VerifyConfig,
+    ZooConfig,
+)
 from jaxhisto.flags import parse
 from jaxhisto.launch import MEMBER, Launch, find, inherited
 from jaxhisto.runlog import run_record, versions_record
@@ -34,6 +41,15 @@ def demo(argv: Sequence[str]) -> int:
     from jaxhisto.demo import run_demo
 
     return run_demo(config)
+
+
+def catalog(argv: Sequence[str]) -> int:
+    """the datasets that the paper pretrained on, and where to get them"""
+    config = parse(CatalogConfig, argv, "catalog")
+    from jaxhisto.data.catalog import listing
+
+    print("\n".join(listing(config)))
+    return 0
 
 
 def tile(argv: Sequence[str]) -> int:
@@ -49,6 +65,22 @@ def tile(argv: Sequence[str]) -> int:
     recipe = "pretrain_resnet18" if tiles >= 512 else "pretrain_small"
     batch = f" --batch-size {tiles}" if tiles < 64 else ""
     say_next(f"jaxhisto pretrain {recipe} --data.stores {quote(config.out)}{batch} --out RUN")
+    return 0
+
+
+def sample(argv: Sequence[str]) -> int:
+    """stores and image folders -> a frozen list of drawn tiles (manifest)"""
+    config = parse(SampleConfig, argv, "sample")
+    from jaxhisto.data.manifest import write_manifest
+    from jaxhisto.data.sampling import sample as draw
+
+    drawn = draw(config)
+    write_manifest(config.out, drawn.manifest)
+    print("\n".join(drawn.summary()))
+    stores = " ".join(quote(path) for path in drawn.paths)
+    say_next(
+        f"jaxhisto pretrain --data.manifest {quote(config.out)} --data.stores {stores} --out RUN"
+    )
     return 0
 
 
@@ -169,7 +201,7 @@ def debugging() -> bool:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     f.__name__.rstrip("_"): f
-    for f in (demo, tile, pretrain, export, import_, verify, zoo, plot, doctor)
+    for f in (demo, catalog, tile, sample, pretrain, export, import_, verify, zoo, plot, doctor)
 }
 
 

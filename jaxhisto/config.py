@@ -68,6 +68,9 @@ class DataConfig:
 
     stores: tuple[str, ...] = ()
     """Tile stores written by `jaxhisto tile`, and plain image folders."""
+    manifest: str = ""
+    """List of tiles from `jaxhisto sample`: exactly those of `stores` are trained on; not with
+    `exclude`. The file may move between two starts, what it lists may not change."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of what is left out: names relative to an image folder, slide ids of a
     store; `C5_*` keeps a test section out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxhisto.config import POSITIONAL, within
+from jaxhisto.config import MANY, POSITIONAL, within
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,63 @@ class ZooConfig:
     """A folder or address that holds the file, instead of where the registry says."""
     unchecked: bool = False
     """Take a file whose SHA-256 the registry does not know."""
+
+
+@dataclass(frozen=True)
+class CatalogConfig:
+    """The datasets that the paper pretrained on (Table F.13), and where to get them."""
+
+    organ: tuple[str, ...] = ()
+    """Organs to list; `kidney` finds renal, `lung` chest, `colorectal` colon and rectum."""
+    stain: tuple[str, ...] = ()
+    """Stains to list: H&E, Giemsa."""
+    kind: str = ""
+    """`slides` or `patches`; empty: both."""
+    notes: bool = False
+    """Also print what the table contradicts, and what a set served for in the paper."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw tiles from stores and image folders into a frozen list for `pretrain`."""
+
+    sources: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tile stores and image folders; `NAME=FOLDER` names an image folder's dataset, which is
+    else called as the folder."""
+    out: str
+    """The manifest to write."""
+    percent: float | None = within(None, 1e-9, 100)
+    """Percent of each dataset, above 0 (paper: 0.01, 0.1, 1 and 10)."""
+    per_dataset: int | None = within(None, 1, MANY)
+    """Instead: so many of each dataset, or all it has (paper: 10)."""
+    total: int | None = within(None, 1, MANY)
+    """Instead: so many in all. Each dataset gets its minimum; each further tile goes where the
+    smallest share is then taken, until a maximum is reached."""
+    minimum: int = within(10, 0, MANY)
+    """Fewest of a dataset, or all it has (paper: 10); not for `per_dataset`."""
+    maximum: int = within(2000, 0, MANY)
+    """Most of a dataset (paper: 2000); 0: no limit; not for `per_dataset`."""
+    per_slide: int = within(100, 0, MANY)
+    """Most of one slide, over all its resolutions, before percent are counted (paper: 100);
+    0: all."""
+    only: tuple[str, ...] = ()
+    """Datasets to draw from; empty: all."""
+    organ: tuple[str, ...] = ()
+    """Organs to draw from, as the catalogue or `datasets` has them."""
+    stain: tuple[str, ...] = ()
+    """Stains to draw from, likewise."""
+    mpp: tuple[float, ...] = within((), 0.01, 100)
+    """Pixel sizes to draw from in um/px (paper: 1, 0.5, 0.25); empty: any."""
+    mpp_tolerance: float = within(0.1, 0, 1)
+    """How far from `mpp` a tile's may lie, as a share of it. Ours."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids."""
+    datasets: str = ""
+    """CSV file with dataset, organ, stain (and mpp of image folders) of what is not in the
+    catalogue, or otherwise there."""
+    seed: int = within(0, 0, MANY)
+    """Seed of the draw."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images of a folder that may be unreadable; they are left out and listed."""
+    threads: int = within(0, 0, MANY)
+    """Threads that check the images; 0: one a core."""

@@ -47,7 +47,9 @@ def identity(config: Any) -> dict[str, Any]:
     return {name: value for name, value, meta in _leaves(config) if not meta.get("operational")}
 
 
-MAY_DIFFER = {"data.stores", "data.threads", "data.prefetch", "log_every", "tensorboard"}
+PLACES = {"data.stores", "data.manifest"}
+"""Fields that say where the data lies: it may move, and its hash says whether it is the same."""
+MAY_DIFFER = PLACES | {"data.threads", "data.prefetch", "log_every", "tensorboard"}
 """Fields that may differ between the processes of one run: where the data lies on a host (its
 hash may not differ), and what changes neither a batch nor a checkpoint."""
 

@@ -172,6 +172,7 @@ def describe(
     *,
     step: int,
     data_hash: str,
+    manifest: str = "",
     mpp_range: tuple[float, float] | None = None,
     stains: tuple[str, ...] | None = None,
     licence: str = "",
@@ -182,6 +183,7 @@ def describe(
       config: the run's settings.
       step: steps taken.
       data_hash: hash of the tiles trained on.
+      manifest: sha256 of the list that they were taken by, where there was one.
       mpp_range: smallest and largest um/px of these tiles, where known.
       stains: their stains, where known.
       licence: of the weights, where decided.
@@ -204,6 +206,7 @@ def describe(
         "config": to_json(_without_places(config)),
         "code_version": __version__,
         "licence": licence,
+        **({"manifest": manifest} if manifest else {}),
     }
 
 
@@ -254,7 +257,7 @@ def _without_places(config: PretrainConfig) -> PretrainConfig:
     """The config without the user's folders: they are nobody's business, and no part of it."""
     names = tuple(Path(store).name for store in config.data.stores)
     init = Path(config.init).name
-    data = replace(config.data, stores=names)
+    data = replace(config.data, stores=names, manifest=Path(config.data.manifest).name)
     return replace(config, out="", init=init, data=data, monitor=MonitorConfig())
 
 

@@ -24,3 +24,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real slides and tiles are not here ({folder.parent.name}/{folder.name})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_docs() -> Path:
+    """The folder with the paper's text, where there is one."""
+    folder = ROOT.parent / "shared" / "docs"
+    if not folder.is_dir():
+        pytest.skip(f"the paper's text is not here ({folder.parent.name}/{folder.name})")
+    return folder

@@ -55,3 +55,9 @@ def test_the_recipes_are_inside(installed):
 def test_the_command_line_answers(installed):
     code = "from jaxhisto.cli import main; raise SystemExit(main(['--help']))"
     assert "pretrain" in python(installed, code)
+
+
+@pytest.mark.slow
+def test_the_catalogue_is_inside(installed):
+    code = "from jaxhisto.cli import main; raise SystemExit(main(['catalog']))"
+    assert python(installed, code).splitlines()[-1].startswith("56 datasets: 22 of patches")

@@ -182,6 +182,8 @@ def _loading(p: Provenance, names: set[str]) -> str:
 def _origin(p: Provenance, story: Story) -> str:
     data = story.get("data", {})
     lines = [f"- hash of the training tiles: `{p['data_hash']}`"]
+    if p.get("manifest"):
+        lines.append(f"- drawn by the manifest with SHA-256 `{p['manifest']}`")
     if data:
         lines.append(f"- tiles: {data['tiles']}, dropped: {len(data['dropped'])}")
         lines.append("\n```\n" + _without_folders(str(data["summary"])) + "\n```\n")

@@ -18,6 +18,7 @@ PLAIN_STRINGS = (
     "arch",
     "channel_order",
     "data_hash",
+    "manifest",
     "code_version",
     "licence",
 )

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.data.images import ImageError, decode_image
+from jaxhisto.data.listed import Listed
 from jaxhisto.data.sources import FolderSource, StoreSource, Tiles, image_names
 from jaxhisto.errors import StoreError
 
@@ -191,13 +192,15 @@ class Labelled:
         same pixels in another file format are not found.
         """
         files = {im.sha256 for s in tiles.sources if isinstance(s, FolderSource) for im in s.images}
+        files |= {digest for s in tiles.sources if isinstance(s, Listed) for digest in s.digests}
         clauses = []
         same = [n for n, digest in zip(self.names, digests, strict=True) if digest in files]
         if same:
             clauses.append(
                 f"{len(same):,} of {len(self):,} images are in the training data ({_few(same)})"
             )
-        slides = {id for s in tiles.sources if isinstance(s, StoreSource) for id in s.slides}
+        stored = (s for s in tiles.sources if isinstance(s, (StoreSource, Listed)))
+        slides = {id for s in stored for id in s.slides}
         stems = slides | {slide.rpartition(".")[0] for slide in slides}
         shared = sorted(set(self.groups or ()) & stems)
         if shared:

@@ -30,17 +30,15 @@ from jaxhisto.data.store import MANIFEST, UNFINISHED, TileStore, is_store
 from jaxhisto.errors import StoreError
 
 T = TypeVar("T")
-
 AT_ONCE = 4096  # files handed to the threads together: a future each, so not all of a million
 
 
 def open_tiles(config: DataConfig) -> Tiles:
-    """Opens the mix, in the order of `config.stores`, and checks all of it.
+    """Opens the mix, in the order of `config.stores` or of a manifest, and checks all of it.
 
     Raises:
-      StoreError: a store or folder that is missing, empty, damaged or given twice; more
-        unreadable images in a folder than `failures_allowed`; an `exclude` pattern that matches
-        nothing (a misspelt one would let the test section into the training set).
+      StoreError: a store or folder that is missing, empty, damaged, given twice or unreadable in
+        part; an `exclude` pattern that matches nothing, and would let a test section in.
     """
     if not config.stores:
         raise StoreError("no data: pass --data.stores with tile stores or image folders.")
@@ -48,7 +46,11 @@ def open_tiles(config: DataConfig) -> Tiles:
     for path, earlier in itertools.combinations(reversed(paths), 2):
         if path.resolve() == earlier.resolve():
             raise StoreError(f"{path}: is listed twice in --data.stores; remove one of them.")
-    sources = [_open(path, config) for path in paths]
+    if config.manifest:
+        from jaxhisto.data.listed import open_listed  # which imports this module
+
+        return open_listed(config, paths)
+    sources = [open_source(path, config) for path in paths]
     for pattern in config.exclude:
         if not any(pattern in source.matched for source in sources):
             raise StoreError(
@@ -226,8 +228,8 @@ class _Checked:
 class FolderSource:
     """The images below a folder, in the order of their names; long ones in cells.
 
-    A cell is (image, top, left, height, width). An image is decoded for each of its cells, so
-    folders of slides belong in `jaxhisto tile`.
+    An image is decoded for each of its cells, so folders of slides belong in `jaxhisto tile`.
+    `image_of` has the image of each.
     """
 
     def __init__(self, path: Path, config: DataConfig) -> None:
@@ -251,12 +253,13 @@ class FolderSource:
                 f"{path}: no image is left of {len(names)} ({self._excluded} excluded, {len(bad)} "
                 "unreadable); take the folder out of --data.stores or change --data.exclude."
             )
-        self._cells = [
+        self._cells = [  # image, top, left, height, width
             (n, top, left, h, w)
             for n, image in enumerate(self.images)
             for top, h in _cuts(image.height, config.max_side)
             for left, w in _cuts(image.width, config.max_side)
         ]
+        self.image_of = [self.images[cell[0]] for cell in self._cells]
         self.canvas = (max(cell[3] for cell in self._cells), max(cell[4] for cell in self._cells))
         self.dropped = [(str(path / image.name), image.reason) for image in bad]
         content = [[image.name, image.sha256.hex()] for image in self.images]
@@ -301,7 +304,8 @@ class FolderSource:
         )
 
 
-def _open(path: Path, config: DataConfig) -> Source:
+def open_source(path: Path, config: DataConfig) -> Source:
+    """The store or folder at a path, checked whole."""
     if not path.is_dir():
         fact = "is not a folder" if path.exists() else "does not exist"
         raise StoreError(f"{path}: {fact}; pass a tile store or a folder of images.")
@@ -353,9 +357,7 @@ def _is_image(file: str) -> bool:
 
 
 def _cannot_list(error: OSError) -> None:
-    raise StoreError(
-        f"{error.filename}: cannot be listed ({error.strerror}); check its permissions."
-    )
+    raise StoreError(f"{error.filename}: cannot be listed ({error.strerror}); check permissions.")
 
 
 def _checked(folder: Path, names: list[str], threads: int) -> list[_Checked]:

@@ -63,6 +63,7 @@ def write_encoder(
         config,
         step=int(state["step"]),
         data_hash=data["hash"],
+        manifest=(data.get("manifest") or {}).get("sha256", ""),
         mpp_range=span and (span[0], span[1]),
         stains=stains,
         licence=licence,

@@ -14,6 +14,7 @@ import jax
 
 from jaxhisto import settings
 from jaxhisto.config import PretrainConfig
+from jaxhisto.data.listed import manifest_of
 from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import is_main
 from jaxhisto.errors import RunError
@@ -81,7 +82,8 @@ def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:
         ours.pop(name)
         theirs.pop(name)
     # Where the data lies may change between two starts; what it is may not (data_hash).
-    ours.pop("data.stores"), theirs.pop("data.stores")
+    for name in settings.PLACES:
+        ours.pop(name), theirs.pop(name)
     lengths = [schedule_length(c, len(tiles))[0] for c in (before, config)]
     if config.extend and lengths[1] < lengths[0]:
         raise RunError(
@@ -98,7 +100,7 @@ def check_same_run(config: PretrainConfig, tiles: Tiles, out: Path) -> None:
     if data_hash != tiles.hash:
         raise RunError(
             f"{out}: was trained on other data ({data_hash[:12]}, now {tiles.hash[:12]}); give "
-            "the same stores in the same order, or another --out."
+            "the same stores in the same order (or the same manifest), or another --out."
         )
 
 
@@ -106,11 +108,18 @@ def described(tiles: Tiles) -> dict[str, Any]:
     """What was trained on: goes into data.json, and from there into the export."""
     return {
         "hash": tiles.hash,
+        "manifest": manifest_of(tiles),
         "tiles": len(tiles),
         "mpp_range": tiles.mpp_range(),
         "dropped": [{"name": name, "reason": reason} for name, reason in tiles.dropped],
         "summary": tiles.summary(),
     }
+
+
+def stamped(tiles: Tiles) -> dict[str, str]:
+    """What a checkpoint says of its data, and must say for this run to go on from it."""
+    manifest = manifest_of(tiles)
+    return {"data_hash": tiles.hash} | ({"manifest": manifest["sha256"]} if manifest else {})
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from jaxhisto.data.loader import global_indices
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.distributed import agree, is_main, main_first, make_mesh, own_rows
 from jaxhisto.pretrain.feed import PlacedBatch, open_feed
-from jaxhisto.pretrain.folder import locked, open_run
+from jaxhisto.pretrain.folder import locked, open_run, stamped
 from jaxhisto.pretrain.handshake import must_be_equal
 from jaxhisto.pretrain.monitor import Monitor
 from jaxhisto.pretrain.pending import Pending
@@ -78,7 +78,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         open_checkpoints(out, config.keep, config.keep_every) as checkpoints,
     ):
         state = init_state(config, steps, steps_per_epoch, mesh, begin)
-        if (found := checkpoints.restore(state, {"data_hash": tiles.hash})) is not None:
+        if (found := checkpoints.restore(state, stamped(tiles))) is not None:
             state = found[1]
         start = int(state.step)
         agree({"run folder": {"newest checkpoint": start}})
@@ -99,7 +99,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
             clock = StepClock()
             names = partial(batch_names, config, tiles)
             pending = Pending(log, checkpoints, clock, monitor.guard, out, names)
-            saving = Saving(checkpoints, config.checkpoint_every, {"data_hash": tiles.hash})
+            saving = Saving(checkpoints, config.checkpoint_every, stamped(tiles))
             for step, batch, wait_s in clock.timed(feed):
                 if step == 0:
                     with stop.compiling():

@@ -39,7 +39,9 @@ def write_pngs(folder: Path, images: Mapping[str, np.ndarray]) -> Path:
     return folder
 
 
-def write_store(path: Path, slides: Mapping[str, list[np.ndarray]], mpp: float = 0.5) -> Path:
+def write_store(
+    path: Path, slides: Mapping[str, list[np.ndarray]], mpp: float = 0.5, dataset: str = "made"
+) -> Path:
     """A finished store of square tiles, one part a slide, as `jaxhisto tile` leaves it."""
     side = next(iter(slides.values()))[0].shape[0]
     return write_raw_store(
@@ -47,23 +49,28 @@ def write_store(path: Path, slides: Mapping[str, list[np.ndarray]], mpp: float =
         {slide: [encode_jpeg(t, 95, "4:4:4") for t in tiles] for slide, tiles in slides.items()},
         side,
         mpp,
+        dataset,
     )
 
 
 def write_raw_store(
-    path: Path, slides: Mapping[str, list[bytes]], side: int, mpp: float = 0.5
+    path: Path,
+    slides: Mapping[str, list[bytes]],
+    side: int,
+    mpp: float = 0.5,
+    dataset: str = "made",
 ) -> Path:
     """As `write_store`, of bytes that need not be images."""
     with StoreWriter(path, {}) as writer:
         records = []
         for slide, images in slides.items():
             tiles = [
-                Tile(image, slide, "made", 0, i, mpp, "flag") for i, image in enumerate(images)
+                Tile(image, slide, dataset, 0, i, mpp, "flag") for i, image in enumerate(images)
             ]
             part = write_part(path, slide, tiles)
             entry = {"bytes": part["bytes"], "sha256": part["sha256"]}
             records.append({"id": slide, "tile_mpp": mpp, "tiles": part["tiles"], "part": entry})
             write_record(path, records[-1])
-        facts = {"dataset": "made", "tile_px": side, "failures": [], "code_version": "0"}
+        facts = {"dataset": dataset, "tile_px": side, "failures": [], "code_version": "0"}
         writer.finish(records, facts, lambda manifest: "<html></html>")
     return path

@@ -1,0 +1,139 @@
+"""Exactly the tiles of a manifest, found in stores and folders by content, in the list's order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxhisto.config import MANY, DataConfig
+from jaxhisto.data.manifest import Entry, Manifest, read_manifest
+from jaxhisto.data.sources import FolderSource, Source, StoreSource, Tiles, open_source
+from jaxhisto.data.store import read_manifest as read_store_manifest
+from jaxhisto.errors import StoreError
+
+Key = tuple[str, str | int]
+"""A tile by content: (sha256 of its part, row there), or (sha256 of its image, name)."""
+
+
+def open_listed(config: DataConfig, paths: Sequence[Path]) -> Tiles:
+    """Opens the stores and folders, and takes of them what `config.manifest` lists.
+
+    The order of the tiles is the list's, whatever the order of the paths. An image of a folder
+    stands for all its cells, as without a list.
+
+    Raises:
+      StoreError: an unreadable or edited manifest, exclude patterns beside it, a store or folder
+        that is damaged, or tiles that are in none of them, counted and the first ones named.
+    """
+    manifest = read_manifest(Path(config.manifest).expanduser())
+    if config.exclude:
+        raise StoreError(
+            f"{config.manifest}: says exactly what is trained on, and --data.exclude would change "
+            "it; draw a list without those tiles, with `jaxhisto sample --exclude`."
+        )
+    # What is unreadable and not listed is of no concern; what is listed counts as missing below.
+    lenient = replace(config, failures_allowed=MANY)
+    sources = [open_source(path, lenient) for path in paths]
+    return Tiles([Listed(manifest, Path(config.manifest), sources)], config)
+
+
+class Listed:
+    """A `Source` of the tiles that a manifest lists.
+
+    Attributes:
+      manifest: hash and tiles (images of a folder count once) of the list, for records.
+      hash: the manifest's: it holds the sha256 of all that is read.
+      digests: sha256 of the image files among them.
+      slides: ids of the slides that its tiles are of.
+    """
+
+    def __init__(self, manifest: Manifest, path: Path, sources: Sequence[Source]) -> None:
+        self.path, self._sources, self._list = path, sources, manifest
+        self.hash = manifest.hash
+        self.manifest = {"sha256": self.hash, "tiles": len(manifest)}
+        self.dropped: list[tuple[str, str]] = []
+        self.matched: set[str] = set()
+        places = _places(sources)
+        self._refuse_missing(places)
+        found = [place for entry, row in manifest.tiles() for place in places[_key(entry, row)]]
+        self._at = np.array(found, np.int64).reshape(-1, 2)
+        sizes = {self.size(i) for i in range(len(self))}
+        self.canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
+        self.slides = {entry.slide for entry in manifest.entries if entry.rows is not None}
+        self.digests = {bytes.fromhex(e.sha256) for e in manifest.entries if e.rows is None}
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        source, row = self._find(i)
+        return source.read(row)
+
+    def size(self, i: int) -> tuple[int, int]:
+        source, row = self._find(i)
+        return source.size(row)
+
+    def name(self, i: int) -> str:
+        source, row = self._find(i)
+        return source.name(row)
+
+    def mpp_range(self) -> tuple[float, float] | None:
+        known = {entry.mpp for entry in self._list.entries if entry.mpp is not None}
+        return (min(known), max(known)) if known else None
+
+    def line(self) -> str:
+        datasets = {entry.dataset for entry in self._list.entries}
+        return (
+            f"{self.path}: manifest {self.hash[:12]}, {len(self._list):,} tiles of "
+            f"{len(datasets)} datasets, seed {self._list.seed}"
+        )
+
+    def _find(self, i: int) -> tuple[Source, int]:
+        source, row = self._at[i].tolist()
+        return self._sources[source], row
+
+    def _refuse_missing(self, places: dict[Key, list[tuple[int, int]]]) -> None:
+        missing = [(e, row) for e, row in self._list.tiles() if _key(e, row) not in places]
+        if missing:
+            names = ", ".join(entry.where(row) for entry, row in missing[:3])
+            raise StoreError(
+                f"{self.path}: {len(missing):,} of its {len(self._list):,} tiles are not in "
+                f"--data.stores as they were when it was drawn, the first: {names}; add the "
+                "stores and folders that hold them, or draw again with `jaxhisto sample`."
+            )
+
+
+def manifest_of(tiles: Tiles) -> dict[str, Any] | None:
+    """`sha256` and `tiles` of the manifest that these were taken by, or none."""
+    return next((s.manifest for s in tiles.sources if isinstance(s, Listed)), None)
+
+
+def _key(entry: Entry, row: int | None) -> Key:
+    return entry.sha256, entry.slide if row is None else row
+
+
+def _places(sources: Sequence[Source]) -> dict[Key, list[tuple[int, int]]]:
+    """Each tile's (source, row there); an image's are its cells. The first source that has it."""
+    found: dict[Key, list[tuple[int, int]]] = {}
+    for number, source in enumerate(sources):
+        own: dict[Key, list[tuple[int, int]]] = defaultdict(list)
+        for row, key in enumerate(_keys(source)):
+            own[key].append((number, row))
+        found = own | found
+    return found
+
+
+def _keys(source: Source) -> Iterator[Key]:
+    """The content of each row of a source, in its order; of other kinds of sources, none."""
+    if isinstance(source, StoreSource):
+        for slide in read_store_manifest(source.path)["slides"]:
+            yield from ((slide["part"]["sha256"], row) for row in range(slide["tiles"]))
+    elif isinstance(source, FolderSource):
+        for image in source.image_of:
+            yield image.sha256.hex(), image.name
