@@ -21,7 +21,13 @@ from jaxhisto.config import (
     TileConfig,
 )
 from jaxhisto.errors import JaxhistoError
-from jaxhisto.file_config import ExportConfig, ImportConfig, VerifyConfig, ZooConfig
+from jaxhisto.file_config import (
+    ExportConfig,
+    ImportConfig,
+    LeakageConfig,
+    VerifyConfig,
+    ZooConfig,
+)
 from jaxhisto.flags import parse
 from jaxhisto.launch import MEMBER, Launch, find, inherited
 from jaxhisto.runlog import run_record, versions_record
@@ -49,6 +55,16 @@ def tile(argv: Sequence[str]) -> int:
     batch = f" --batch-size {tiles}" if tiles < 64 else ""
     say_next(f"jaxhisto pretrain {recipe} --data.stores {quote(config.out)}{batch} --out RUN")
     return 0
+
+
+def leakage(argv: Sequence[str]) -> int:
+    """does what was pretrained on overlap with an evaluation set?"""
+    config = parse(LeakageConfig, argv, "leakage")
+    from jaxhisto.leakage.check import check
+
+    result = check(config)
+    print("\n".join(result.lines))
+    return 1 if result.overlap and config.fail else 0
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -151,7 +167,7 @@ def debugging() -> bool:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     f.__name__.rstrip("_"): f
-    for f in (demo, tile, pretrain, export, import_, verify, zoo, plot, doctor)
+    for f in (demo, tile, leakage, pretrain, export, import_, verify, zoo, plot, doctor)
 }
 
 
