@@ -63,7 +63,7 @@ class HammingIndex:
     def _block(self, queries: NDArray[np.uint64]) -> NDArray[np.int64]:
         found = [np.empty((3, 0), np.int64), *(self._of_band(queries, b) for b in range(BANDS))]
         together = np.concatenate(found, axis=1)
-        return np.asarray(np.unique(together, axis=1), np.int64) if together.size else together
+        return np.asarray(np.unique(together, axis=1), np.int64)
 
     def _of_band(self, queries: NDArray[np.uint64], band: int) -> NDArray[np.int64]:
         masks, starts = self._masks[band], self._starts[band]
@@ -83,7 +83,7 @@ def spans(first: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int
     """first[0], first[0] + 1, ... counts[0] of them, then those of the next, in one array."""
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(first - (ends - counts), counts)
+    return np.asarray(np.arange(total) + np.repeat(first - (ends - counts), counts), np.int64)
 
 
 def _band(codes: NDArray[np.uint64], band: int) -> NDArray[np.int64]:

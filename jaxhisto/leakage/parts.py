@@ -22,7 +22,7 @@ from jaxhisto.leakage.hashes import correlation
 
 PER_AREA = 256 * 256
 """Pixels for which a number of keypoints is meant."""
-INDEXED, ASKED = 192, 96
+INDEXED, ASKED = 256, 192
 """Keypoints for each `PER_AREA` of labelled images and of pretraining tiles, strongest first.
 More on the side that is kept, since a crop has other strongest ones than the whole."""
 FEWEST = 48

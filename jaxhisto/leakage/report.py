@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ def _clause(each: Mapping[str, Any]) -> str:
 def draw(path: Path, found: Found, pretraining: Tiles, against: Tiles, most: int) -> None:
     """Draws pairs beside each other, aligned: the labelled image left, the tile right.
 
-    Each kind gets its turn, the best correlated first and one pair a labelled image.
+    Each kind gets its turn, one pair a labelled image; of a kind, by turns the best correlated and
+    the most doubtful.
     """
     pairs = _worst(found.pairs, most)
     rows = max(1, -(-len(pairs) // ACROSS))
@@ -117,7 +119,10 @@ def _worst(pairs: Sequence[Pair], most: int) -> list[Pair]:
         best: dict[Place, Pair] = {}
         for pair in sorted((p for p in pairs if p.kind == kind), key=lambda p: -p.correlation):
             best.setdefault(pair.labelled, pair)
-        queues.append(list(best.values()))
+        ordered = list(best.values())
+        middle = -(-len(ordered) // 2)
+        ends = itertools.zip_longest(ordered[:middle], reversed(ordered[middle:]))
+        queues.append([pair for two in ends for pair in two if pair is not None])
     chosen: list[Pair] = []
     for turn in range(max(map(len, queues))):
         chosen += [queue[turn] for queue in queues if turn < len(queue)]
