@@ -26,6 +26,7 @@ from jaxhisto.file_config import (
     CatalogConfig,
     ExportConfig,
     ImportConfig,
+    LeakageConfig,
     SampleConfig,
     VerifyConfig,
     ZooConfig,
@@ -82,6 +83,16 @@ def sample(argv: Sequence[str]) -> int:
         f"jaxhisto pretrain --data.manifest {quote(config.out)} --data.stores {stores} --out RUN"
     )
     return 0
+
+
+def leakage(argv: Sequence[str]) -> int:
+    """does what was pretrained on overlap with an evaluation set?"""
+    config = parse(LeakageConfig, argv, "leakage")
+    from jaxhisto.leakage.check import check
+
+    result = check(config)
+    print("\n".join(result.lines))
+    return 1 if result.overlap and config.fail else 0
 
 
 def pretrain(argv: Sequence[str]) -> int:
@@ -201,7 +212,20 @@ def debugging() -> bool:
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     f.__name__.rstrip("_"): f
-    for f in (demo, catalog, tile, sample, pretrain, export, import_, verify, zoo, plot, doctor)
+    for f in (
+        demo,
+        catalog,
+        tile,
+        sample,
+        leakage,
+        pretrain,
+        export,
+        import_,
+        verify,
+        zoo,
+        plot,
+        doctor,
+    )  # fmt: skip
 }
 
 

@@ -153,3 +153,42 @@ class SampleConfig:
     """Images of a folder that may be unreadable; they are left out and listed."""
     threads: int = within(0, 0, MANY)
     """Threads that check the images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class LeakageConfig:
+    """Find what pretraining tiles and labelled images have in common, and report it."""
+
+    pretraining: tuple[str, ...] = field(metadata=POSITIONAL)
+    """A run folder of `jaxhisto pretrain`, or tile stores and image folders."""
+    against: tuple[str, ...]
+    """The labelled sets: image folders, folders of class folders, tile stores."""
+    out: str = ""
+    """Folder of the report; empty: leakage-NAME in the run folder."""
+    exclude: tuple[str, ...] = ()
+    """Of stores and folders: shell patterns of what was not trained on, as `pretrain` had them;
+    a run says so itself."""
+    patient_pattern: str = "(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})"
+    """Regular expression whose group is the patient in a slide id or an image's relative name;
+    case is ignored. The default reads TCGA barcodes."""
+    slide_pattern: str = ""
+    """Likewise the slide; empty: TCGA barcodes, else slide ids of stores."""
+    distance: int = within(10, 0, 16)
+    """Bits of 63 in which the hashes of a near-identical pair may differ. Ours."""
+    correlation: float = within(0.9, 0.5, 1)
+    """Least correlation of the luminances of a near-identical pair or common piece. Ours."""
+    flat: float = within(3.0, 0, 64)
+    """Images whose 32 x 32 luminance deviates less than this are too flat to tell, grey levels
+    of 255. Ours."""
+    parts: bool = True
+    """Also look for pieces: crops, shifts, overlaps. Ten times the time of the rest."""
+    worst: int = within(24, 1, 200)
+    """Pairs that are drawn."""
+    fail: bool = False
+    """Exit with 1 where there is an overlap, for CI; else a report is no failure."""
+    force: bool = False
+    """Replace an earlier report."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images of a folder that may be unreadable; they are left out and counted."""
+    threads: int = within(0, 0, MANY)
+    """Threads that read and compare; 0: one a core."""

@@ -202,7 +202,8 @@ def run_story(run: Path) -> dict[str, Any]:
 
     Returns:
       `data` (data.json), `environment` (env.json), `losses` ([step, loss] of the first, last
-      and some steps between), `curve` (path of loss.png), `scores` (records of probes).
+      and some steps between), `curve` (path of loss.png), `scores` (records of probes), `leakage`
+      (records of `jaxhisto leakage` on the data that it was trained on).
     """
     if not (run / "data.json").is_file():
         return {}
@@ -215,6 +216,8 @@ def run_story(run: Path) -> dict[str, Any]:
         "losses": [[m["step"], m["loss"]] for m in [*metrics[:-1:every], *metrics[-1:]]],
         "scores": [json.loads(p.read_text()) for p in sorted(run.glob("probe*.json"))],
     }
+    checks = [json.loads(p.read_text()) for p in sorted(run.glob("leakage*.json"))]
+    story["leakage"] = [c for c in checks if c["pretraining"]["hash"] == story["data"]["hash"]]
     if (run / "env.json").is_file():
         story["environment"] = json.loads((run / "env.json").read_text())
     if (run / "loss.png").is_file():

@@ -95,7 +95,8 @@ def card(provenance: Provenance, story: Story, files: list[Path]) -> str:
 
     Args:
       provenance: what the encoder says of itself.
-      story: `data`, `environment`, `losses`, `curve`, `scores` of the run, each where known.
+      story: `data`, `environment`, `losses`, `curve`, `scores`, `leakage` of the run, each where
+        known.
       files: files to list with size and SHA-256; they lie beside the card.
     """
     sections = [
@@ -193,11 +194,38 @@ def _origin(p: Provenance, story: Story) -> str:
     source = p.get("source")
     if isinstance(source, dict):
         lines.append(f"- imported from `{source['file']}`, SHA-256 `{source['sha256']}`")
+    checked = story.get("leakage", [])
+    lines += [_leakage(record, each) for record in checked for each in record["against"]]
     lines.append(
-        "- leakage: overlap between the training tiles and any test set was **not checked**; "
-        "slides or patients of yours that may be among them give scores that are too good"
+        f"- leakage: overlap between the training tiles and {'other' if checked else 'any'} test "
+        f"set{'s' if checked else ''} was **not checked**; slides or patients of yours that may be "
+        "among them give scores that are too good"
     )
     return "## What it was trained on\n\n" + "\n".join(lines)
+
+
+def _leakage(record: Mapping[str, Any], against: Mapping[str, Any]) -> str:
+    """What a check against one labelled set found, and by which measure."""
+    counts, limits = against["counts"], record["thresholds"]
+    kinds = ("file", "pixels", "near", "part")
+    images = ", ".join(
+        f"{counts[kind]['images']} {words}"
+        for kind, words in zip(
+            kinds,
+            ("of the same file", "of the same pixels", "near-identical", "in part"),
+            strict=True,
+        )
+        if kind != "part" or limits["parts"]
+    )
+    verdict = "**overlap found**" if against["overlap"] else "no overlap found"
+    return (
+        f"- leakage, checked against `{against['name']}` ({against['images']} images, hash "
+        f"`{against['hash'][:12]}`) on {record['date'][:10]}: {verdict}; {images}"
+        f"{'' if limits['parts'] else ', pieces not looked for'}; shared slides "
+        f"{counts['slide']['ids']}, shared patients {counts['patient']['ids']} (as far as names "
+        f"say); {against['too_flat']} images too flat to tell; hashes within "
+        f"{limits['distance_bits_of_63']} of 63 bits, correlation from {limits['correlation']:g}"
+    )
 
 
 def _without_folders(summary: str) -> str:

@@ -16,7 +16,9 @@ from random_runs import Run, make_run
 
 from jaxhisto_export.bundle import write_bundle
 from jaxhisto_export.errors import ExportFileError
+from jaxhisto_export.model_card import card
 from jaxhisto_export.verify import verify
+from jaxhisto_export.weights_file import read_weights
 
 STORY: dict[str, Any] = {
     "data": {
@@ -91,6 +93,26 @@ def test_the_card_says_what_a_user_must_know(bundle: Path) -> None:
     ):
         assert said in text, said
     assert "someone" not in text
+
+
+def test_the_card_says_what_was_checked_for_leakage_and_where(run18: Run, tmp_path: Path) -> None:
+    none = {"images": 0, "pairs": 0, "ids": 0}
+    counts = dict.fromkeys(("file", "pixels", "near", "part", "slide", "patient", "name"), none)
+    clean = {"name": "bcss", "hash": "ab" * 32, "images": 268, "too_flat": 3, "counts": counts}
+    found = {**counts, "near": {"images": 7, "pairs": 9}, "patient": {"ids": 2, "images": 40}}
+    lymph = {**clean, "name": "lymph", "counts": found, "overlap": True}
+    limits = {"distance_bits_of_63": 10, "correlation": 0.9, "parts": True}
+    record = {"date": "2026-11-25T00:00:00+00:00", "thresholds": limits}
+    checked = {**record, "against": [{**clean, "overlap": False}, lymph]}
+    text = card(read_weights(run18.encoder).provenance, {**STORY, "leakage": [checked]}, [])
+    first, second, rest = [line for line in text.splitlines() if line.startswith("- leakage")]
+    assert "`bcss` (268 images, hash `abababababab`) on 2026-11-25: no overlap found" in first
+    assert "3 images too flat to tell; hashes within 10 of 63 bits, correlation from 0.9" in first
+    assert "`lymph`" in second
+    assert "**overlap found**" in second
+    assert "7 near-identical" in second
+    assert "shared patients 2" in second
+    assert "other test sets was **not checked**" in rest
 
 
 def test_the_code_in_the_card_gives_the_golden_features(bundle: Path, run18: Run) -> None:

@@ -1,0 +1,1 @@
+"""Does what was pretrained on overlap with an evaluation set? No JAX in here."""
