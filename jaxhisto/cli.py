@@ -225,7 +225,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
         zoo,
         plot,
         doctor,
-    )  # fmt: skip
+    )
 }
 
 
