@@ -69,8 +69,10 @@ def read_patterns(patient: str, slide: str) -> Patterns:
 
 
 def own_name(source: Source, row: int) -> tuple[str, bool]:
-    """Slide id and True of a store's tile; relative name, or the whole one where it lies elsewhere, and
-    False of an image."""
+    """Slide id and True of a store's tile; of an image its relative name and False.
+
+    An image that does not lie below the source's path keeps its whole name.
+    """
     text = source.name(row)
     tile = _TILE.fullmatch(text)
     if tile:
