@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
@@ -143,9 +144,11 @@ def main() -> None:
     if args.json:
         what = {"images": args.images, "tiles": args.tiles, "labelled": args.labelled}
         what |= {"sets": [f"{Path(s).parent.name}/{Path(s).name}" for s in args.sets]}
+        # Where the sets lie on this machine is nobody's business.
+        common = os.path.commonpath([Path(s).parent for s in args.sets]) + "/"
         record: dict[str, Any] = {"what": what, "recall": recalls, "false_alarms": alarms}
         text = json.dumps(record | {"cost": costs} | environment([]), indent=1)
-        write_atomically(args.json, text.replace(str(Path(args.sets[0]).parents[1]), "") + "\n")
+        write_atomically(args.json, text.replace(common, "") + "\n")
 
 
 def arguments() -> argparse.Namespace:

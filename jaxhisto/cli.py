@@ -92,7 +92,10 @@ def leakage(argv: Sequence[str]) -> int:
 
     result = check(config)
     print("\n".join(result.lines))
-    return 1 if result.overlap and config.fail else 0
+    if result.overlap and config.fail:
+        print(f"jaxhisto leakage: {result.lines[-2]}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def pretrain(argv: Sequence[str]) -> int:

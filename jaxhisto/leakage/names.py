@@ -69,12 +69,18 @@ def read_patterns(patient: str, slide: str) -> Patterns:
 
 
 def own_name(source: Source, row: int) -> tuple[str, bool]:
-    """Slide id and True of a store's tile; relative name and False of a folder's image."""
+    """Slide id and True of a store's tile; of an image its relative name and False.
+
+    An image that does not lie below the source's path keeps its whole name.
+    """
     text = source.name(row)
     tile = _TILE.fullmatch(text)
     if tile:
         return tile[1], True
-    return Path(text).relative_to(source.path).as_posix(), False
+    name = Path(text)
+    # A source that is a list of tiles names images by where they lie, elsewhere.
+    inside = name.is_relative_to(source.path)
+    return (name.relative_to(source.path) if inside else name).as_posix(), False
 
 
 def file_digests(source: Source) -> dict[str, bytes]:

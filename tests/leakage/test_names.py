@@ -68,6 +68,11 @@ def test_equal_image_names_in_two_folders_are_listed_and_are_no_slide():
     assert kinds(folder("a/1.png"), folder("b/1.jpg", "b/2.jpg")) == {("name", "1"): (1, 1)}
 
 
+def test_an_image_that_lies_elsewhere_than_its_source_keeps_its_whole_name():
+    (origin,) = Named("lists/train.manifest", "b/set/TCGA-CR-7395/3.png").origins()
+    assert (origin.own, origin.patient) == ("b/set/TCGA-CR-7395/3.png", "TCGA-CR-7395")
+
+
 def test_own_patterns_read_slide_and_patient():
     a, b = folder("p12-s3/x1.png", "p12-s3/x2.png"), folder("p12-s3_99.png", "p12-s4_1.png")
     found = kinds(a, b, patient=r"(p\d+)-", slide=r"p\d+-s\d+")
