@@ -1,9 +1,10 @@
 """OME-TIFF, and TIFF that OpenSlide refuses, read by tifffile: a handle for `reader.Slide`.
 
 OpenSlide wants tiles, and of OME it knows neither sub-images nor pixel size. Here a region
-decodes the tiles or strips under it and no more. Taken is the largest image of the file, if it is 8-bit RGB; its
-pyramid is what the file says (SubIFDs, or reduced pages after it). Anything else is refused by
-what was found: which of 16 bits or of five stains would be the picture, only its maker knows.
+decodes the tiles or strips under it and no more. Taken is the largest image of the file, if it
+is 8-bit RGB; its pyramid is what the file says (SubIFDs, or reduced pages after it). Anything
+else is refused by what was found: which of 16 bits or of five stains would be the picture, only
+its maker knows.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def find_slides(config: TileConfig) -> list[Job]:
     found: dict[str, Job] = {}
     for name in config.slides:
         root = Path(name)
-        folder = root if root.is_dir() else root.parent
+        folder = root if os.path.isdir(root) else root.parent
         for path in _slides_below(root):
             folders = tuple(dict.fromkeys((path.parent, folder)))
             given = GivenPixelSize(config.mpp, config.mpp_source, folders)
@@ -150,9 +150,9 @@ def find_slides(config: TileConfig) -> list[Job]:
 
 
 def _slides_below(root: Path) -> list[Path]:
-    if root.is_file():
+    if os.path.isfile(root):  # not Path.is_file: it raises on a name that is too long
         return [root]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise SlideError(f"{root}: is not there; check the path")
     paths = [
         Path(folder) / name

@@ -49,6 +49,8 @@ def test_non_ascii_and_very_long_names_are_cut(tmp_path):
 
     assert [s["id"] for s in result.manifest["slides"]] == [(deep / name).as_posix()]
     assert len(TileStore(tmp_path / "store")) == 4
+    with pytest.raises(SlideError, match=r"xxx: is not there; check the path"):
+        tile(config(tmp_path / ("x" * 300), tmp_path / "other"))
 
 
 def test_a_slide_that_may_not_be_read_is_named(tmp_path, monkeypatch):
