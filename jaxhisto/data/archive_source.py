@@ -164,7 +164,8 @@ class TarSource(ArchiveSource):
 
 def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
     for info in archive:
-        place = info.name, info.offset_data
+        # `tar cf FILE .` writes all names with ./ before them.
+        place = info.name.removeprefix("./"), info.offset_data
         if info.issym() or info.islnk():
             yield Member(*place, 0, 0, flaw="is a link", remedy="pack it anew with `tar -h`")
         elif info.issparse():

@@ -25,7 +25,12 @@ from PIL import Image
 
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
-from jaxhisto.slides.tiff_reader import TIFF_STARTS, TiffHandle, TiffRegionError
+from jaxhisto.slides.tiff_reader import (
+    TIFF_STARTS,
+    TiffHandle,
+    TiffRegionError,
+    refuse_grey_and_deep,
+)
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -284,6 +289,12 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
     if OME in handle.properties.get("openslide.comment", ""):
         handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
         return TiffHandle(path)
+    if handle.properties.get("openslide.vendor") == "generic-tiff":
+        try:
+            refuse_grey_and_deep(path)  # OpenSlide would make 8-bit RGB of them, unasked
+        except SlideError:
+            handle.close()
+            raise
     return handle
 
 

@@ -37,6 +37,7 @@ RGB8 = "save it as 8-bit RGB, or leave it out"
 
 NONE, OLD_JPEG, JPEG = 1, 6, 7  # TIFF compressions
 RGB, YCBCR = 2, 6  # TIFF photometric interpretations
+GREYS = (0, 1)  # of those, white or black at 0
 ALPHA = ((1,), (2,))  # TIFF extra samples that are an alpha channel
 
 # Units of OME's PhysicalSizeX, in um; mu is written as the micro sign or as the Greek letter.
@@ -209,6 +210,23 @@ class TiffHandle:
         if len(data) < count:
             raise TiffRegionError("the file ends before it")
         return data
+
+
+def refuse_grey_and_deep(path: Path) -> None:
+    """SlideError where the first page is grey or has more than 8 bits; no word on what else it is.
+
+    A file that tifffile cannot read is passed: OpenSlide could.
+    """
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages.first
+            bits, kind = page.bitspersample, page.photometric
+    except Exception:  # fed with damaged tags, tifffile raises nearly anything
+        return
+    if bits > 8 or kind in GREYS:
+        found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
+        raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
 
 
 def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[str, ...]]:

@@ -209,6 +209,16 @@ def test_what_is_not_8_bit_rgb_is_refused_by_name(tmp_path, found):
         Slide(tmp_path / "a.ome.tif", GIVEN)
 
 
+@pytest.mark.parametrize("found", ["16-bit RGB", "8-bit MINISBLACK"])
+def test_openslide_is_not_let_to_make_rgb_of_other_pixels(tmp_path, found):
+    image = noise(64, 64).astype("u2") if "16" in found else noise(64, 64)[..., 0]
+    kind = found.partition(" ")[2].lower()
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric=kind, tile=(64, 64), metadata=None)
+    assert openslide.OpenSlide.detect_format(tmp_path / "a.tif") == "generic-tiff"
+    with pytest.raises(SlideError, match=rf"not 8-bit RGB, it holds {found} pixels; save"):
+        Slide(tmp_path / "a.tif", GIVEN)
+
+
 def test_alpha_is_kept_and_clear_tiles_are_not_there(tmp_path):
     image = noise(128, 128, 4)
     image[..., 3] = 255
