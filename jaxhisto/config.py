@@ -67,17 +67,18 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     stores: tuple[str, ...] = ()
-    """Tile stores written by `jaxhisto tile`, and plain image folders."""
+    """Tile stores written by `jaxhisto tile`; folders, zip, tar and HDF5 files of images; CSV lists
+    of images; `tfds:NAME`."""
     manifest: str = ""
     """List of tiles from `jaxhisto sample`: exactly those of `stores` are trained on; not with
     `exclude`. The file may move between two starts, what it lists may not change."""
     exclude: tuple[str, ...] = ()
-    """Shell patterns of what is left out: names relative to an image folder, slide ids of a
-    store; `C5_*` keeps a test section out."""
+    """Shell patterns of what is left out: names in an image folder or file, slide ids of a store;
+    `C5_*` keeps a test section out."""
     max_side: int = within(512, 32, 8192)
-    """Images of a folder with a longer side are cut into equal cells no longer, px. Ours."""
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px. Ours."""
     failures_allowed: int = within(0, 0, MANY)
-    """Images of a folder that may be unreadable; they are dropped, counted and listed."""
+    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
     threads: int = within(0, 0, MANY, operational=True)
     """Threads that read and decode; 0: one a core."""
     prefetch: int = within(4, 0, MANY, operational=True)

@@ -11,7 +11,8 @@ from typing import Any
 from jaxhisto.config import DataConfig
 from jaxhisto.data import catalog
 from jaxhisto.data.catalog import About
-from jaxhisto.data.sources import FolderSource, StoreSource, open_tiles
+from jaxhisto.data.folder_source import FolderSource
+from jaxhisto.data.sources import StoreSource, open_tiles
 from jaxhisto.data.store import read_manifest
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.file_config import SampleConfig

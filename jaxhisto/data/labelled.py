@@ -19,9 +19,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.data.folder_source import image_names
+from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.images import ImageError, decode_image
 from jaxhisto.data.listed import Listed
-from jaxhisto.data.sources import FolderSource, StoreSource, Tiles, image_names
+from jaxhisto.data.sources import StoreSource, Tiles
 from jaxhisto.errors import StoreError
 
 SHOWN = 5
@@ -191,7 +193,7 @@ class Labelled:
         files: there a group counts that is one of its slides, by id with or without suffix. The
         same pixels in another file format are not found.
         """
-        files = {im.sha256 for s in tiles.sources if isinstance(s, FolderSource) for im in s.images}
+        files = {im.sha256 for s in tiles.sources if isinstance(s, ImageSource) for im in s.images}
         files |= {digest for s in tiles.sources if isinstance(s, Listed) for digest in s.digests}
         clauses = []
         same = [n for n, digest in zip(self.names, digests, strict=True) if digest in files]

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import MANY, DataConfig
+from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.manifest import Entry, Manifest, read_manifest
-from jaxhisto.data.sources import FolderSource, Source, StoreSource, Tiles, open_source
+from jaxhisto.data.sources import Source, StoreSource, Tiles, open_source
 from jaxhisto.data.store import read_manifest as read_store_manifest
 from jaxhisto.errors import StoreError
 
@@ -134,6 +135,6 @@ def _keys(source: Source) -> Iterator[Key]:
     if isinstance(source, StoreSource):
         for slide in read_store_manifest(source.path)["slides"]:
             yield from ((slide["part"]["sha256"], row) for row in range(slide["tiles"]))
-    elif isinstance(source, FolderSource):
+    elif isinstance(source, ImageSource):
         for image in source.image_of:
             yield image.sha256.hex(), image.name

@@ -1,4 +1,4 @@
-"""What a run trains on: tile stores and plain image folders, one after the other.
+"""What a run trains on: tile stores, image folders and files of images, one after the other.
 
 `Tiles` gives random access to the mix and a hash of all that went in. Everything is checked on
 opening, every image decoded once, so that a run does not end on a bad file hours later.
@@ -11,26 +11,20 @@ import hashlib
 import itertools
 import json
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from jaxhisto.config import DataConfig
-from jaxhisto.data.images import SUFFIXES, ImageError, decode_image, decode_jpeg
-from jaxhisto.data.store import MANIFEST, UNFINISHED, TileStore, is_store
+from jaxhisto.data import file_kinds
+from jaxhisto.data.folder_source import FolderSource
+from jaxhisto.data.image_source import matches
+from jaxhisto.data.images import ImageError, decode_jpeg
+from jaxhisto.data.store import TileStore, is_store
 from jaxhisto.errors import StoreError
-
-T = TypeVar("T")
-AT_ONCE = 4096  # files handed to the threads together: a future each, so not all of a million
 
 
 def open_tiles(config: DataConfig) -> Tiles:
@@ -44,7 +38,8 @@ def open_tiles(config: DataConfig) -> Tiles:
         raise StoreError("no data: pass --data.stores with tile stores or image folders.")
     paths = [Path(text).expanduser() for text in config.stores]
     for path, earlier in itertools.combinations(reversed(paths), 2):
-        if path.resolve() == earlier.resolve():
+        # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
+        if os.path.realpath(path) == os.path.realpath(earlier):
             raise StoreError(f"{path}: is listed twice in --data.stores; remove one of them.")
     if config.manifest:
         from jaxhisto.data.listed import open_listed  # which imports this module
@@ -107,7 +102,8 @@ class Tiles:
         return source.name(row)
 
     def mpp_range(self) -> tuple[float, float] | None:
-        """Smallest and largest um/px over the stores; None without one. Folders state none."""
+        """Smallest and largest um/px over the stores; None without one. Few other sources
+        state any."""
         known = [mpp for source in self.sources if (mpp := source.mpp_range())]
         return (min(a for a, _ in known), max(b for _, b in known)) if known else None
 
@@ -141,7 +137,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """One store or folder; `matched` holds the exclude patterns that left something out."""
+    """One store, folder or file; `matched` holds the exclude patterns that left something out."""
 
     path: Path
     canvas: tuple[int, int]
@@ -163,7 +159,7 @@ class StoreSource:
     def __init__(self, path: Path, config: DataConfig) -> None:
         self.path, self._store = path, TileStore(path)
         self._slides = self._store.slides()
-        hits = {slide: _matches(slide, config.exclude) for slide in set(self._slides)}
+        hits = {slide: matches(slide, config.exclude) for slide in set(self._slides)}
         self.matched = set[str]().union(*hits.values())
         self._kept = [i for i, slide in enumerate(self._slides) if not hits[slide]]
         self.slides = {self._slides[i] for i in self._kept}
@@ -213,188 +209,9 @@ class StoreSource:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """An image file as it was found on opening; `reason` is empty for a good one."""
-
-    name: str
-    sha256: bytes = b""
-    height: int = 0
-    width: int = 0
-    reason: str = ""
-    remedy: str = ""
-
-
-class FolderSource:
-    """The images below a folder, in the order of their names; long ones in cells.
-
-    An image is decoded for each of its cells, so folders of slides belong in `jaxhisto tile`.
-    `image_of` has the image of each.
-    """
-
-    def __init__(self, path: Path, config: DataConfig) -> None:
-        self.path = path
-        names = image_names(path)
-        hits = {name: _matches(name, config.exclude) for name in names}
-        self.matched = set[str]().union(*hits.values())
-        wanted = [name for name in names if not hits[name]]
-        self._excluded = len(names) - len(wanted)
-        checked = _checked(path, wanted, config.threads)
-        bad = [image for image in checked if image.reason]
-        if len(bad) > config.failures_allowed:
-            raise StoreError(
-                f"{path}: {len(bad)} of {len(checked)} images cannot be used, the first, "
-                f"{bad[0].name}, {bad[0].reason}; {bad[0].remedy}, or pass "
-                f"--data.failures-allowed {len(bad)} to go on without."
-            )
-        self.images = [image for image in checked if not image.reason]
-        if not self.images:
-            raise StoreError(
-                f"{path}: no image is left of {len(names)} ({self._excluded} excluded, {len(bad)} "
-                "unreadable); take the folder out of --data.stores or change --data.exclude."
-            )
-        self._cells = [  # image, top, left, height, width
-            (n, top, left, h, w)
-            for n, image in enumerate(self.images)
-            for top, h in _cuts(image.height, config.max_side)
-            for left, w in _cuts(image.width, config.max_side)
-        ]
-        self.image_of = [self.images[cell[0]] for cell in self._cells]
-        self.canvas = (max(cell[3] for cell in self._cells), max(cell[4] for cell in self._cells))
-        self.dropped = [(str(path / image.name), image.reason) for image in bad]
-        content = [[image.name, image.sha256.hex()] for image in self.images]
-        self.hash = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._cells)
-
-    def read(self, i: int) -> NDArray[np.uint8]:
-        n, top, left, h, w = self._cells[i]
-        file = self.path / self.images[n].name
-        try:
-            data = file.read_bytes()
-            if hashlib.sha256(data).digest() != self.images[n].sha256:
-                raise ImageError("changed since the run opened it", "restore it or start a new run")
-            return decode_image(data)[top : top + h, left : left + w]
-        except OSError as error:
-            raise StoreError(
-                f"{file}: cannot be read any more ({error.strerror}); restore it."
-            ) from error
-        except ImageError as error:
-            raise StoreError(f"{file}: {error}.") from error
-
-    def size(self, i: int) -> tuple[int, int]:
-        return self._cells[i][3], self._cells[i][4]
-
-    def name(self, i: int) -> str:
-        n, top, left, h, w = self._cells[i]
-        image = self.images[n]
-        cell = "" if (h, w) == (image.height, image.width) else f"@{top},{left}"
-        return f"{self.path / image.name}{cell}"
-
-    def mpp_range(self) -> None:
-        return None
-
-    def line(self) -> str:
-        cells = "" if len(self) == len(self.images) else f" in {len(self):,} cells"
-        return (
-            f"{self.path}: folder, {len(self.images):,} images{cells}"
-            + (f", {self._excluded:,} excluded" if self._excluded else "")
-            + (f", {len(self.dropped):,} dropped" if self.dropped else "")
-        )
-
-
 def open_source(path: Path, config: DataConfig) -> Source:
-    """The store or folder at a path, checked whole."""
-    if not path.is_dir():
-        fact = "is not a folder" if path.exists() else "does not exist"
-        raise StoreError(f"{path}: {fact}; pass a tile store or a folder of images.")
-    return StoreSource(path, config) if is_store(path) else FolderSource(path, config)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> set[str]:
-    """The patterns that match a relative name, or its last part."""
-    last = name.rpartition("/")[2]
-    return {p for p in patterns if fnmatchcase(name, p) or fnmatchcase(last, p)}
-
-
-def image_names(folder: Path) -> list[str]:
-    """Names of the images below a folder, sorted, with / between parts; dot files are not seen.
-
-    A tile store in there, whole or not, is refused: its report holds pictures, which are no tiles.
-    """
-    names, seen = [], set()
-    for root, dirs, files in os.walk(folder, onerror=_cannot_list, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link back to where the walk has been
-            dirs.clear()
-            continue
-        seen.add(real)
-        dirs[:] = sorted(d for d in dirs if not d.startswith("."))
-        if UNFINISHED in dirs and _is_tiling(Path(root, UNFINISHED)):
-            raise StoreError(f"{root}: tiling was stopped; run the same `jaxhisto tile` again.")
-        if any(".array_record" in name for name in files):
-            raise StoreError(
-                f"{root}: is a tile store inside an image folder, or one without its {MANIFEST}; "
-                "list finished stores by their own path."
-            )
-        inside = Path(root).relative_to(folder)
-        names += [(inside / f).as_posix() for f in files if _is_image(f)]
-    if not names:
-        raise StoreError(
-            f"{folder}: no images ({', '.join(s[1:] for s in SUFFIXES)}) and no tile store in "
-            "here; check the path, and cut slides with `jaxhisto tile`."
-        )
-    return sorted(names)
-
-
-def _is_tiling(folder: Path) -> bool:
-    return (folder / "settings.json").exists() or any(folder.glob("*.array_record"))
-
-
-def _is_image(file: str) -> bool:
-    return file.lower().endswith(SUFFIXES) and not file.startswith(".")
-
-
-def _cannot_list(error: OSError) -> None:
-    raise StoreError(f"{error.filename}: cannot be listed ({error.strerror}); check permissions.")
-
-
-def _checked(folder: Path, names: list[str], threads: int) -> list[_Checked]:
-    """Reads and decodes every image once."""
-    Image.init()  # loads all decoders; left to the threads they would race for it
-
-    def check(name: str) -> _Checked:
-        try:
-            data = (folder / name).read_bytes()
-            h, w = decode_image(data, checksums=True).shape[:2]
-        except ImageError as error:
-            return _Checked(name, reason=error.fact, remedy=error.remedy)
-        except OSError as error:
-            return _Checked(name, reason=f"cannot be read ({error.strerror})", remedy="remove it")
-        return _Checked(name, hashlib.sha256(data).digest(), h, w)
-
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        blocks = (names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE))
-        images = itertools.chain.from_iterable(pool.map(check, block) for block in blocks)
-        return list(_reported(images, len(names), f"{folder}: checking images"))
-
-
-def _reported(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Passes items on; says on stderr how far it is once it takes longer than two seconds."""
-    terminal = sys.stderr.isatty()
-    pause, due = (0.5 if terminal else 10.0), time.monotonic() + 2.0
-    told = False
-    for done, item in enumerate(items, 1):
-        yield item
-        if (now := time.monotonic()) >= due or (told and done == total):
-            end = "\r" if terminal and done < total else "\n"
-            print(f"{label} {done:,}/{total:,}", end=end, file=sys.stderr, flush=True)
-            told, due = True, now + pause
-
-
-def _cuts(length: int, longest: int) -> list[tuple[int, int]]:
-    """(start, size) of the fewest pieces of a side, equal to 1 px, none above `longest`."""
-    count = -(-length // longest)
-    edges = [length * k // count for k in range(count + 1)]
-    return [(a, b - a) for a, b in itertools.pairwise(edges)]
+    """The store, folder or file at a path, checked whole."""
+    # Not Path.is_dir: it raises on a name too long for the file system.
+    if os.path.isdir(path):
+        return StoreSource(path, config) if is_store(path) else FolderSource(path, config)
+    return file_kinds.opened(path, config)

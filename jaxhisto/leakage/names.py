@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxhisto.data.sources import FolderSource, Source
+from jaxhisto.data.image_source import ImageSource
+from jaxhisto.data.sources import Source
 from jaxhisto.errors import ConfigError
 
 TCGA_SLIDE = re.compile(r"TCGA(?:-[A-Z0-9]{2,4}){2}-\d\d[A-Z]-[A-Z0-9]{2,3}-[A-Z0-9]{2,4}", re.I)
@@ -85,7 +86,7 @@ def own_name(source: Source, row: int) -> tuple[str, bool]:
 
 def file_digests(source: Source) -> dict[str, bytes]:
     """SHA-256 of each image file of a folder by its full name; none of a store."""
-    if not isinstance(source, FolderSource):
+    if not isinstance(source, ImageSource):
         return {}
     return {str(source.path / image.name): image.sha256 for image in source.images}
 

@@ -3,11 +3,12 @@
 The ladder, first usable rung wins:
 
 1. `openslide.mpp` what the scanner wrote, as OpenSlide reads it (Aperio, DICOM, MIRAX, ...)
-2. `aperio.MPP`    the same from the Aperio description, where OpenSlide gives none
-3. `tiff-resolution` the TIFF resolution tags; OpenSlide's um/px of a generic TIFF is this too
-4. `objective-power` 10 um/px divided by the magnification (40x is 0.25 um/px)
-5. `mpp.csv`       a list that names this slide: it is more specific than a flag for all
-6. `flag` or `assumed`: `--mpp`
+2. `ome.PhysicalSize` the same from OME-XML, in whatever unit it is there
+3. `aperio.MPP`    the same from the Aperio description, where OpenSlide gives none
+4. `tiff-resolution` the TIFF resolution tags; OpenSlide's um/px of a generic TIFF is this too
+5. `objective-power` 10 um/px divided by the magnification (40x is 0.25 um/px)
+6. `mpp.csv`       a list that names this slide: it is more specific than a flag for all
+7. `flag` or `assumed`: `--mpp`
 
 The file's own statement wins over list and flag, but only if it is plausible: finite,
 `PLAUSIBLE` um/px, x and y within `SQUARE` of each other (their mean is taken). TIFF resolution
@@ -61,7 +62,7 @@ def pixel_size(path: Path, properties: Mapping[str, str], given: GivenPixelSize)
 
     Args:
       path: of the slide, for messages and for the list.
-      properties: OpenSlide's.
+      properties: OpenSlide's, or those of `tiff_reader`.
 
     Raises:
       SlideError: no usable figure anywhere, or a list or flag that is not a pixel size.
@@ -78,9 +79,9 @@ def pixel_size(path: Path, properties: Mapping[str, str], given: GivenPixelSize)
         return PixelSize(_plausible(given.mpp, "--mpp"), given.source, tuple(notes))
     why = f" ({'; '.join(notes)})" if notes else ""
     raise SlideError(
-        f"{path}: the file has no usable pixel size{why} (looked at openslide.mpp-x, aperio.MPP, "
-        f"TIFF resolution, objective power): pass --mpp 0.25 (um/px at level 0) or list the slide "
-        f"in {SIDECAR} (columns slide,mpp)"
+        f"{path}: the file has no usable pixel size{why} (looked at openslide.mpp-x, OME "
+        f"PhysicalSizeX, aperio.MPP, TIFF resolution, objective power): pass --mpp 0.25 (um/px "
+        f"at level 0) or list the slide in {SIDECAR} (columns slide,mpp)"
     )
 
 
@@ -91,6 +92,9 @@ def _stated(properties: Mapping[str, str]) -> Iterator[tuple[str, float, float, 
         yield "tiff-resolution", x, x if y is None else y, PLAUSIBLE_TIFF
     elif x is not None:
         yield "openslide.mpp", x, x if y is None else y, PLAUSIBLE
+    x, y = _number(properties, "ome.PhysicalSizeX"), _number(properties, "ome.PhysicalSizeY")
+    if x is not None:
+        yield "ome.PhysicalSize", x, x if y is None else y, PLAUSIBLE
     aperio = _number(properties, "aperio.MPP")
     if aperio is not None:
         yield "aperio.MPP", aperio, aperio, PLAUSIBLE

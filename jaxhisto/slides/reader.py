@@ -1,9 +1,10 @@
-"""Open a slide with OpenSlide and read tiles of it at a stated pixel size.
+"""Open a slide and read tiles of it at a stated pixel size.
 
-Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it leaves what a file does
-not hold transparent (regions a scanner skipped, and all beyond the edge). A tile with any such
-pixel is refused as `transparent`, one that OpenSlide cannot decode as `unreadable`; neither is
-ever painted.
+OpenSlide reads it; OME-TIFF, and a TIFF that OpenSlide refuses, are left to `tiff_reader`, whose
+handle answers as OpenSlide's does. Pixels are RGB, uint8, as the file holds them. OpenSlide
+returns RGBA: it leaves what a file does not hold transparent (regions a scanner skipped, and all
+beyond the edge). A tile with any such pixel is refused as `transparent`, one that cannot be
+decoded as `unreadable`; neither is ever painted.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ from PIL import Image
 
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
+from jaxhisto.slides.tiff_reader import (
+    TIFF_STARTS,
+    TiffHandle,
+    TiffRegionError,
+    refuse_grey_and_deep,
+)
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
 Area = tuple[int, int, int, int]  # left, top, width, height
 
 SUFFIXES = (
-    ".svs", ".tif", ".tiff", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif",
+    ".svs", ".tif", ".tiff", ".tf8", ".btf", ".dcm", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs",
+    ".svslide", ".bif",
 )  # fmt: skip
 SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0.2525 for 0.25)
 SMALLEST = 128  # side to which a block that cannot be read is split, px
 MOST_SPLITS = 500  # after these, blocks are given up whole: each split reopens the file four times
+OME = "<OME "  # in the description of an OME-TIFF
 BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
 
 
@@ -98,8 +107,13 @@ class Slide:
     def __init__(self, path: Path, given: GivenPixelSize | None = None) -> None:
         self.path = path
         self._handle = _open(path)
-        size = pixel_size(path, self._handle.properties, given or GivenPixelSize())
-        self.mpp, self.mpp_source, self.notes = size.mpp, size.source, size.notes
+        try:
+            size = pixel_size(path, self._handle.properties, given or GivenPixelSize())
+        except SlideError:
+            self._handle.close()
+            raise
+        self.mpp, self.mpp_source = size.mpp, size.source
+        self.notes = (*getattr(self._handle, "notes", ()), *size.notes)
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
@@ -213,6 +227,10 @@ class Slide:
         """(height, width, 4) RGBA; x, y in level-0 pixels, width and height in the level's."""
         try:
             return np.asarray(self._handle.read_region((x, y), level, (width, height)))
+        except TiffRegionError as error:
+            raise RegionError(
+                f"{self.path}: cannot be read at ({x}, {y}), level {level} ({error})", "unreadable"
+            ) from error
         except openslide.OpenSlideError as error:
             # After an error OpenSlide answers nothing but this error: the handle is dead.
             self._handle.close()
@@ -247,12 +265,16 @@ def dicom_series(path: Path) -> str:
         return ""
 
 
-def _open(path: Path) -> openslide.OpenSlide:
+def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
     try:
         if path.stat().st_size == 0:
             raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
-        return openslide.OpenSlide(path)
+        with path.open("rb") as file:  # OpenSlide does not tell a file that it may not read
+            start = file.read(4)
+        handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
+        if start in TIFF_STARTS:
+            return TiffHandle(path)
         raise SlideError(
             f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
             "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
@@ -264,6 +286,16 @@ def _open(path: Path) -> openslide.OpenSlide:
         ) from error
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if OME in handle.properties.get("openslide.comment", ""):
+        handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
+        return TiffHandle(path)
+    if handle.properties.get("openslide.vendor") == "generic-tiff":
+        try:
+            refuse_grey_and_deep(path)  # OpenSlide would make 8-bit RGB of them, unasked
+        except SlideError:
+            handle.close()
+            raise
+    return handle
 
 
 def _blocks(area: Area, side: int) -> Iterator[Area]:

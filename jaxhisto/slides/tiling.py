@@ -129,15 +129,16 @@ def find_slides(config: TileConfig) -> list[Job]:
     Raises:
       SlideError: a path that is not there, a folder without slides, or one id for two slides.
     """
-    found: dict[Path, Job] = {}
+    found: dict[str, Job] = {}
     for name in config.slides:
         root = Path(name)
-        folder = root if root.is_dir() else root.parent
+        folder = root if os.path.isdir(root) else root.parent
         for path in _slides_below(root):
             folders = tuple(dict.fromkeys((path.parent, folder)))
             given = GivenPixelSize(config.mpp, config.mpp_source, folders)
             job = Job(path, path.relative_to(folder).as_posix(), given, config)
-            found.setdefault(path.resolve(), job)
+            # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
+            found.setdefault(os.path.realpath(path), job)
     jobs = sorted(_one_a_series(list(found.values()), config), key=lambda job: job.id)
     for a, b in itertools.pairwise(jobs):
         if a.id == b.id:
@@ -149,9 +150,9 @@ def find_slides(config: TileConfig) -> list[Job]:
 
 
 def _slides_below(root: Path) -> list[Path]:
-    if root.is_file():
+    if os.path.isfile(root):  # not Path.is_file: it raises on a name that is too long
         return [root]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise SlideError(f"{root}: is not there; check the path")
     paths = [
         Path(folder) / name

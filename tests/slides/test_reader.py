@@ -152,11 +152,6 @@ def test_damaged_files_are_refused_by_name(tmp_path, shared_data):
         Slide(tmp_path / "gone.svs")
 
 
-def test_openslide_refuses_the_ome_tiff(shared_data):
-    with pytest.raises(SlideError, match=r"OS-1-detail\.ome\.tif: OpenSlide does not read"):
-        Slide(shared_data / "wsi" / "OS-1-detail.ome.tif")
-
-
 def test_the_content_hash_is_sha256_and_covers_companions(tmp_path):
     slide = tmp_path / "a.svs"
     slide.write_bytes(b"one")
