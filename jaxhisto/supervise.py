@@ -228,7 +228,10 @@ class Supervisor:
         return f"{self._who(process)} {how}; start the same line again on every host{onward}."
 
     def _say(self, sentence: str) -> None:
-        print(f"jaxhisto {self._verb}: {sentence}", file=sys.stderr, flush=True)
+        # In one piece: several processes may write to the same terminal, and print writes the
+        # end of the line apart.
+        sys.stderr.write(f"jaxhisto {self._verb}: {sentence}\n")
+        sys.stderr.flush()
 
 
 def supervise(

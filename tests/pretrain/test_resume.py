@@ -39,6 +39,7 @@ from jaxhisto.pretrain.encoder import newest
 from jaxhisto.pretrain.folder import open_run
 from jaxhisto.pretrain.run import batch_names, pretrain
 from jaxhisto.pretrain.step import TrainState, init_state, make_train_step
+from jaxhisto.runlog import read_metrics
 from jaxhisto.view_params import draw_views
 
 STEPS = 6
@@ -248,7 +249,10 @@ def test_killed_at_20_moments_it_ends_in_the_same_bits(images, tmp_path):
     for life in range(20):
         process = start(out, images, *KILLED)
         if life % 4 == 0:
-            time.sleep(rng.uniform(0, 1.2 * startup))
+            # At most three steps on: a machine that is idle again must not run to the end.
+            until, last = time.monotonic() + rng.uniform(0, 1.2 * startup), lines(out) + 3
+            while time.monotonic() < until and lines(out) < last:
+                time.sleep(0.02)
         elif life % 4 == 1:
             done = lines(out)
             wait_for(lambda done=done: lines(out) > done, process)
@@ -336,7 +340,9 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_when_there_is_room(im
         wait_for(lambda: "10" in checkpoints(out), process)
         fill(ballast)
         known = lines(out)
-        time.sleep(6)  # steps go on; their lines wait
+        # Steps go on, their lines wait: long enough for a save to fail, and not to the end.
+        times = [line["time"] for line in read_metrics(out)]
+        time.sleep(15 * (times[-1] - times[1]) / (len(times) - 2))
         assert process.poll() is None
         assert lines(out) <= known + 4096 // 200 + 1  # what the last page still took
         ballast.unlink()
