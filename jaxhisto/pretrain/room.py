@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxhisto.config import PretrainConfig
 from jaxhisto.data.memory import available_bytes
 from jaxhisto.data.sources import Tiles
+from jaxhisto.distributed import exchange
 from jaxhisto.errors import RunError
+from jaxhisto.launch import hostname
 from jaxhisto.pretrain.device_cache import Layout
 
 Step = Callable[[], int]
@@ -58,10 +60,10 @@ def check_host(config: PretrainConfig, tiles: Tiles, mesh: Mesh, step: Step) -> 
     Raises:
       RunError: with the sizes.
     """
-    there = available_bytes()
+    sharing, there = processes_here(), available_bytes()
     if there is None:
         return
-    there = int(there * (1 - MARGIN))
+    there = int(there * (1 - MARGIN)) // sharing
     layout, local = Layout(len(tiles), tiles.canvas, mesh.size), len(mesh.local_devices)
     needed = len(tiles) * layout.tile_bytes
     kept = 4 * local * (config.batch_size // mesh.size) * layout.tile_bytes
@@ -125,12 +127,17 @@ def free_on_each(mesh: Mesh) -> int | None:
     """
     local = mesh.local_devices
     if on_cpu(mesh):
-        there = available_bytes()
-        return None if there is None else int(there * (1 - MARGIN)) // len(local)
+        sharing, there = processes_here() * len(local), available_bytes()
+        return None if there is None else int(there * (1 - MARGIN)) // sharing
     stats = [device.memory_stats() or {} for device in local]
     if any("bytes_limit" not in s for s in stats):
         return None
     return min(int(s["bytes_limit"] * (1 - MARGIN)) - s.get("bytes_in_use", 0) for s in stats)
+
+
+def processes_here() -> int:
+    """Processes of the run on this host, which share its memory; all must call it together."""
+    return exchange(hostname()).count(hostname())
 
 
 def on_cpu(mesh: Mesh) -> bool:

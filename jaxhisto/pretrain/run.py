@@ -108,7 +108,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
                     log.board(0, before, "monitor/")
                 with stop.first_step(step == start):
                     state, metrics = train_step(state, batch.tiles, batch.sizes)
-                if step == start:
+                if step == start and is_main():
                     xla_flags.keep_autotune(out)
                 if step == 0:
                     tell(report_trust_ratios(config.optim, out, state.params, metrics))

@@ -68,7 +68,7 @@ class StopRequest:
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
-        """Around what compiles and writes nothing: a request in here ends the process at once."""
+        """Around what compiles: a request in here ends the process at once."""
         self.check()
         self._at_once = True
         try:
@@ -110,7 +110,8 @@ def stop_requests(out: str, at_once: bool = False) -> Iterator[StopRequest]:
 
     Args:
       out: the run folder, for the sentence.
-      at_once: a request ends the process where it is, since nothing is written in the block.
+      at_once: a request ends the process where it is, since nothing in the block is half of
+        anything: what it may fetch or convert is renamed into its place when whole.
 
     Raises:
       Stopped: asked to stop before the first step.

@@ -86,6 +86,13 @@ def test_host_memory_that_does_not_suffice_is_refused(
     monkeypatch.setattr(room, "available_bytes", lambda: int(wanted / 0.95) - 2)
     with pytest.raises(RunError, match=r"^--data\.cache host: 23 tiles .* are 0\.0 MB .* none\.$"):
         check_host(config, tiles, mesh, lambda: step)
+    # Another process of the run on this host wants as much again.
+    monkeypatch.setattr(room, "available_bytes", lambda: 2 * (int(wanted / 0.95) + 2))
+    monkeypatch.setattr(room, "exchange", lambda name: [name, "another host", name])
+    check_host(config, tiles, mesh, lambda: step)
+    monkeypatch.setattr(room, "available_bytes", lambda: 2 * (int(wanted / 0.95) - 2))
+    with pytest.raises(RunError, match=r"^--data\.cache host: "):
+        check_host(config, tiles, mesh, lambda: step)
     monkeypatch.setattr(room, "available_bytes", lambda: None)
     check_host(config, tiles, mesh, lambda: step)
 
