@@ -28,7 +28,8 @@ import numpy as np
 
 from jaxhisto.config import MANY, DataConfig
 from jaxhisto.data.images import decode_image
-from jaxhisto.data.sources import image_names, open_tiles
+from jaxhisto.data.folder_source import image_names
+from jaxhisto.data.sources import open_tiles
 from jaxhisto.file_config import LeakageConfig
 from jaxhisto.leakage.hamming import HammingIndex
 from jaxhisto.leakage.parts import Keypoints, PartIndex
