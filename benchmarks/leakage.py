@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 
 from jaxhisto.config import MANY, DataConfig
-from jaxhisto.data.images import decode_image
 from jaxhisto.data.folder_source import image_names
+from jaxhisto.data.images import decode_image
 from jaxhisto.data.sources import open_tiles
 from jaxhisto.file_config import LeakageConfig
 from jaxhisto.leakage.hamming import HammingIndex
