@@ -39,6 +39,7 @@ from jaxhisto.contents import (
     compare,
     describe,
     flat_names,
+    in_groups,
     nested_dict,
     seal,
     sync_folder,
@@ -59,6 +60,9 @@ LOST = {
     "Read-only file system": "the file system is read-only",
 }
 """What the storage library says when nothing can be written, in words."""
+
+READ_AT_ONCE = 8 * 2**20
+"""Bytes of a checkpoint that are read together."""
 
 
 class SaveError(RunError):
@@ -245,11 +249,14 @@ class Checkpoints:
             return None
         path = self._named(contents.step)
         compare(path, contents, names, metadata, partial=not self._writes)
-        item = nested_dict({name: np.zeros((), leaf.dtype) for name, leaf in names.items()})
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        arrays: Arrays = {}
         try:
-            nested = self._orbax.restore(path / "state", args=args)
+            # All at once, their encoded bytes would lie beside them: half of the weights again.
+            for some in in_groups(names, READ_AT_ONCE):
+                item = nested_dict({name: np.zeros((), names[name].dtype) for name in some})
+                how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+                arrays |= flat_names(self._orbax.restore(path / "state", args=args))
         except (OSError, ValueError, KeyError) as error:
             if not path.exists():  # dropped by the run beside this reader
                 return self._read(names, metadata)
@@ -257,7 +264,7 @@ class Checkpoints:
                 f"{path}: is whole and cannot be read ({_reason(error)}); install the "
                 "orbax-checkpoint that wrote it (RUN/env.json names it)."
             ) from error
-        return contents.step, dict(flat_names(nested))
+        return contents.step, arrays
 
     def _newest_sound(self) -> Contents | None:
         """The contents of the newest checkpoint that is what it says; sets aside those before it.

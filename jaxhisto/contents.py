@@ -194,3 +194,16 @@ def _sha256(path: Path, also: Callable[[int], None] | None = None) -> str:
         if also is not None:
             also(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def in_groups(names: Mapping[str, Any], size: int) -> Iterator[list[str]]:
+    """The names, in groups of at most `size` bytes or of one larger array."""
+    group, total = list[str](), 0
+    for name, leaf in names.items():
+        held = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if group and total + held > size:
+            yield group
+            group, total = [], 0
+        group.append(name)
+        total += held
+    yield group
