@@ -20,7 +20,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxhisto.console import warn
 from jaxhisto.contents import (
     Contents,
     Damaged,
@@ -46,6 +46,7 @@ from jaxhisto.contents import (
 )
 from jaxhisto.distributed import is_main
 from jaxhisto.errors import RunError
+from jaxhisto.late_writes import ignore_late_writes
 
 State = TypeVar("State")
 Arrays = dict[str, np.ndarray]
@@ -92,14 +93,14 @@ class Checkpoints:
         # Orbax logs whole tracebacks of what it raises too; the user gets our one sentence.
         if not logging.getLogger("jaxhisto").isEnabledFor(logging.DEBUG):
             logging.getLogger("absl").setLevel(logging.CRITICAL)
-        _ignore_late_writes()
+        ignore_late_writes()
         self._orbax = _process_0s_orbax()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._failure: SaveError | None = None
         if write and is_main():
             for path in self._sweep():
-                _tell(f"{path}: was not written to its end; removed")
+                warn(f"{path}: was not written to its end; removed")
 
     @property
     def steps(self) -> list[int]:
@@ -282,7 +283,7 @@ class Checkpoints:
                 continue
             for other, fact in bad.items():
                 aside = f"; set aside as {self._set_aside(other)}" if self._writes else ""
-                _tell(
+                warn(
                     f"{self._named(other)}: damaged ({fact}){aside}; going on from the one before, "
                     f"step {step}"
                 )
@@ -338,24 +339,6 @@ def _process_0s_orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _ignore_late_writes() -> None:
-    """Keeps the storage library's late reports about a failed save from the terminal.
-
-    It hands the ends of the other writes to an event loop that Orbax closed at the first failure;
-    Python prints a traceback for each, dozens on a full disk.
-    """
-    before = sys.unraisablehook
-    if getattr(before, "ignores_late_writes", False):
-        return
-
-    def hook(report: Any) -> None:
-        if str(report.exc_value) != "Event loop is closed":
-            before(report)
-
-    hook.ignores_late_writes = True  # type: ignore[attr-defined]
-    sys.unraisablehook = hook
-
-
 def _to_host(state: Any) -> Arrays:
     """Copies of a state's arrays by dotted name: the next step reuses the device's memory."""
     names = by_name(state)
@@ -394,7 +377,3 @@ def _from_main(step: int, sentence: str) -> tuple[int, str]:
 def _reason(error: Exception) -> str:
     found = [words for words in LOST if words in str(error)]
     return LOST[found[0]] if found else " ".join(str(error).split())[:200]
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

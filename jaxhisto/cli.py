@@ -21,6 +21,8 @@ from jaxhisto.config import (
     PretrainConfig,
     TileConfig,
 )
+from jaxhisto.console import say_next
+from jaxhisto.downstream.verbs import VERBS as DOWNSTREAM
 from jaxhisto.errors import ConfigError, JaxhistoError
 from jaxhisto.file_config import (
     CatalogConfig,
@@ -32,7 +34,7 @@ from jaxhisto.file_config import (
     ZooConfig,
 )
 from jaxhisto.flags import parse
-from jaxhisto.launch import MEMBER, Launch, find, inherited
+from jaxhisto.launch import MEMBER, Launch, find
 from jaxhisto.runlog import run_record, versions_record
 
 
@@ -226,6 +228,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
         import_,
         verify,
         zoo,
+        *DOWNSTREAM,
         plot,
         doctor,
     )
@@ -290,13 +293,6 @@ def usage() -> str:
         f"usage: jaxhisto VERB [CONFIG.toml] [--flags] [--debug]\n\n{verbs}\n\n"
         "jaxhisto VERB --help lists a verb's settings."
     )
-
-
-def say_next(command: str) -> None:
-    """The last line printed is the next command to type, once for all processes."""
-    member = inherited(os.environ)
-    if member is None or member.process == 0:
-        print(f"next: {command}")
 
 
 if __name__ == "__main__":

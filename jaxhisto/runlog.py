@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from jaxhisto.config import PretrainConfig
+from jaxhisto.console import warn
 from jaxhisto.errors import RunError
 from jaxhisto.settings import common
 
@@ -122,12 +123,12 @@ class Lines:
         was_full = self._full is not None
         self._drain()
         if self._full is not None and not was_full:
-            _tell(
+            warn(
                 f"{self._path}: cannot be written ({self._full.strerror}); lines wait in memory, "
                 "training goes on: make room"
             )
         elif was_full and self._full is None:
-            _tell(f"{self._path}: can be written again")
+            warn(f"{self._path}: can be written again")
 
     def finish(self) -> None:
         """Writes what waits.
@@ -155,10 +156,6 @@ class Lines:
             self._full = None
         except OSError as error:
             self._full = error
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.config import ModelConfig, OptimConfig, PretrainConfig
-from jaxhisto.distributed import exchange, held_together, is_main, make_mesh, to_global
+from jaxhisto.console import say
+from jaxhisto.distributed import exchange, held_together, make_mesh, to_global
 from jaxhisto.pretrain.step import TrainState, init_state, make_train_step, replicate
 
 STEPS, BATCHES, SCHEDULE = 5, 3, 50
@@ -60,12 +61,6 @@ def prove(devices: int = 0) -> int:
         else f"to mend: {len(failed)} lines above; do not train on these devices together."
     )
     return 1 if failed else 0
-
-
-def say(text: str) -> None:
-    """One line, from process 0."""
-    if is_main():
-        print(text, flush=True)
 
 
 def exchanges(mesh: Mesh) -> Iterator[str]:

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxhisto import plots, xla_flags
 from jaxhisto.checkpoints import open_checkpoints
 from jaxhisto.config import PretrainConfig
+from jaxhisto.console import say
 from jaxhisto.data.loader import global_indices
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.distributed import agree, is_main, main_first, make_mesh, own_rows
@@ -66,11 +67,11 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     check_batch(config, len(tiles), mesh.size)
     steps, steps_per_epoch = schedule_length(config, len(tiles))
     check_profile(config.profile, steps)
-    monitor = Monitor(config, tiles, mesh, steps, steps_per_epoch, tell)
+    monitor = Monitor(config, tiles, mesh, steps, steps_per_epoch, say)
     begin = starting_weights(config)
     agree(must_be_equal(config, tiles, begin) | monitor.record())
     out = main_first(lambda: open_run(config, tiles))
-    tell(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
+    say(f"{tiles.summary()}\n{steps} steps of {config.batch_size} images on {mesh.size} device(s)")
 
     with (
         jax.set_mesh(mesh),
@@ -82,7 +83,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
             state = found[1]
         start = int(state.step)
         agree({"run folder": {"newest checkpoint": start}})
-        tell(whence(config, begin, start))
+        say(whence(config, begin, start))
         monitor.open(out, start)
         compiled = make_train_step(config, steps, steps_per_epoch)
 
@@ -94,7 +95,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
         with (
             closing(feed),
             new_log(config, out, start, steps) as log,
-            profiled(config.profile, out, start, compiled, tell) as train_step,
+            profiled(config.profile, out, start, compiled, say) as train_step,
         ):
             clock = StepClock()
             names = partial(batch_names, config, tiles)
@@ -111,7 +112,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
                 if step == start and is_main():
                     xla_flags.keep_autotune(out)
                 if step == 0:
-                    tell(report_trust_ratios(config.optim, out, state.params, metrics))
+                    say(report_trust_ratios(config.optim, out, state.params, metrics))
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, asked_to_stop(stop, step)
                 if monitor.due(step + 1) and (last or not stopping):
@@ -177,7 +178,7 @@ def draw_views(config: PretrainConfig, out: Path, batch: PlacedBatch) -> None:
         tiles, sizes, shown = (own_rows(array)[:SHEET_TILES] for array in (*rows, views))
         cut = [t[:h, :w] for t, (h, w) in zip(tiles, sizes, strict=True)]
         path = plots.view_sheet(cut, shown, out / "views.png")
-        tell(f"{path}: tiles and their two views")
+        say(f"{path}: tiles and their two views")
 
 
 def draw_loss(config: PretrainConfig, out: Path) -> None:
@@ -186,9 +187,9 @@ def draw_loss(config: PretrainConfig, out: Path) -> None:
         return
     try:
         chance = math.log(2 * config.batch_size - 1)
-        tell(f"{plots.loss_curve(read_metrics(out), chance, out / 'loss.png')}: the loss curve")
+        say(f"{plots.loss_curve(read_metrics(out), chance, out / 'loss.png')}: the loss curve")
     except ImportError:
-        tell("no loss.png: matplotlib is not installed; pip install 'jaxhisto[plots]'")
+        say("no loss.png: matplotlib is not installed; pip install 'jaxhisto[plots]'")
 
 
 def asked_to_stop(stop: StopRequest, step: int) -> bool:
@@ -211,9 +212,3 @@ class NoLog:
 
     def finish(self) -> None:
         """Writes nothing."""
-
-
-def tell(text: str) -> None:
-    """One line for the person at the terminal, from one process."""
-    if is_main():
-        print(text, flush=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from jaxhisto.checkpoints import Checkpoints, SaveError
+from jaxhisto.console import warn
 from jaxhisto.errors import RunError
 
 REMEDY = "make room (or lower --keep) or mend permissions"
@@ -57,7 +57,7 @@ class Saving:
         if error is None:
             if self._told is not None and self._checkpoints.latest_step == self._saved:
                 self._told = None
-                _tell(f"checkpoint {self._saved} is written, saving works again")
+                warn(f"checkpoint {self._saved} is written, saving works again")
             return
         if error is self._told:
             return
@@ -65,8 +65,4 @@ class Saving:
         self._again = step + -(-self._every // 10)
         if next_try is None:
             next_try = min(self._again, step + self._every - step % self._every)
-        _tell(f"{error}; training goes on and tries again at step {next_try}: {REMEDY}")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        warn(f"{error}; training goes on and tries again at step {next_try}: {REMEDY}")
