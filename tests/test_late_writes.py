@@ -24,7 +24,7 @@ def forgotten(coroutine: Coroutine[Any, Any, None]) -> None:
     """Runs a task to its error, for which nobody asks."""
 
     async def main() -> None:
-        asyncio.get_running_loop().create_task(coroutine)  # noqa: RUF006, that is the point
+        asyncio.get_running_loop().create_task(coroutine)
         await asyncio.sleep(0)
 
     asyncio.run(main())
