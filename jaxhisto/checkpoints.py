@@ -357,7 +357,8 @@ def _place(arrays: Arrays | None, names: Mapping[str, Any]) -> dict[str, jax.Arr
             whole = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
             whole = np.asarray(multihost_utils.broadcast_one_to_all(whole))
             host = whole.view(leaf.dtype).reshape(leaf.shape)
-        placed[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, host.__getitem__)
+        placed[name] = array.block_until_ready()  # else all host copies wait for theirs at once
     return placed
 
 

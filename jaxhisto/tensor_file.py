@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxhisto.errors import ExportError
 Array = NDArray[Any]
 
 DTYPE_NAMES = {"float32": "F32", "int64": "I64", "uint8": "U8"}
+_DTYPES = {short: name for name, short in DTYPE_NAMES.items()}
 
 
 def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -34,6 +36,20 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
             f"{path}: not a readable safetensors file ({error}); "
             "write it again with `jaxhisto export`."
         ) from error
+
+
+def each(path: Path) -> Iterator[tuple[str, Array]]:
+    """The tensors of a file that `write` wrote, one in memory at a time, in the file's order.
+
+    The library maps the whole file into memory, whose pages stay beside what is made of them.
+    """
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype = np.dtype(_DTYPES[about["dtype"]])
+            tensor = np.fromfile(file, dtype, math.prod(about["shape"]))
+            yield name, tensor.reshape(about["shape"])
 
 
 def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> str:

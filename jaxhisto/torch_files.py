@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxhisto import unet_weights, weights
+from jaxhisto import tensor_file, unet_weights, weights
 from jaxhisto.config import ModelConfig
 from jaxhisto.errors import ConfigError, ExportError
 from jaxhisto.file_config import ExportConfig, ImportConfig, ZooConfig
@@ -145,11 +145,11 @@ def _write_encoder(
 
     arch = found.architecture.name
     metadata = _metadata(config, found, mean, std)
-    params, stats = weights.from_torch(found.tensors, arch, str(found.path), found.projection)
+    weights.from_torch(found.tensors, arch, str(found.path), found.projection)  # or it is refused
     encoder.parent.mkdir(parents=True, exist_ok=True)
-    digest = weights.write_tensors(encoder, found.tensors, metadata)
+    digest = tensor_file.write(encoder, found.tensors, metadata)
     model = ModelConfig(arch, mean=mean, std=std)  # type: ignore[arg-type]
-    write_golden(golden, model, int(metadata["tile_px"]), params, stats, digest)
+    write_golden(golden, encoder, model, int(metadata["tile_px"]), digest)
 
 
 def _write_unet(
@@ -159,7 +159,7 @@ def _write_unet(
     metadata = _unet_metadata(config, found, mean, std)
     params, stats = unet_weights.from_torch(found.tensors, arch, str(found.path), found.classes)
     unet.parent.mkdir(parents=True, exist_ok=True)
-    digest = weights.write_tensors(unet, found.tensors, metadata)
+    digest = tensor_file.write(unet, found.tensors, metadata)
     unet_weights.write_golden(golden, params, stats, metadata, digest)
 
 

@@ -8,7 +8,7 @@ the projection head as `fc.1` and `fc.3`. Needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,7 @@ def trees_of(
     _check(source, what, {n: t.shape for n, t in tensors.items()}, expected)
     trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
     for name, entry in entries.items():
-        back = tensors[name].astype(np.float32).transpose(np.argsort(entry.axes))
-        _put(trees[entry.collection], entry.path, np.ascontiguousarray(back))
+        _put(trees[entry.collection], entry.path, _as_ours(tensors[name], entry))
     return trees["params"], trees["batch_stats"]
 
 
@@ -278,17 +277,6 @@ def write_encoder(
       ExportError: tensors that do not fit `arch`, or a file that cannot be written.
     """
     tensors = to_torch(params, batch_stats, metadata["arch"], int(metadata["step"]))
-    return write_tensors(path, tensors, metadata)
-
-
-def write_tensors(
-    path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]
-) -> str:
-    """Writes tensors that bear PyTorch's names already; returns the SHA-256 of the file.
-
-    Raises:
-      ExportError: a file that cannot be written.
-    """
     return tensor_file.write(Path(path), tensors, metadata)
 
 
@@ -311,6 +299,21 @@ def read_encoder(path: Path | str) -> tuple[Tree, Tree, dict[str, str]]:
     projection = int(width) if width.isdecimal() else None
     params, batch_stats = from_torch(tensors, metadata["arch"], str(path), projection)
     return params, batch_stats, metadata
+
+
+def stream_encoder(path: Path | str, arch: str, put: Callable[[Array], Any]) -> tuple[Tree, Tree]:
+    """The encoder, without its head, of a file that was just written: (params, batch_stats).
+
+    One tensor after the other is read and handed to `put`, so that the weights are in memory
+    once, in the form that `put` gives them.
+    """
+    entries = table(arch, 0)
+    trees: dict[str, Tree] = {"params": {}, "batch_stats": {}}
+    for name, tensor in tensor_file.each(Path(path)):
+        if name in entries:
+            entry = entries[name]
+            _put(trees[entry.collection], entry.path, put(_as_ours(tensor, entry)))
+    return trees["params"], trees["batch_stats"]
 
 
 def write_golden(path: Path | str, tiles: Array, features: Array, encoder_sha256: str) -> None:
@@ -336,6 +339,11 @@ def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...
         here = (*path, name)
         found += _leaves(value, here) if isinstance(value, dict) else [(here, value)]
     return found
+
+
+def _as_ours(tensor: Array, entry: Entry) -> Array:
+    back = tensor.astype(np.float32, copy=False).transpose(np.argsort(entry.axes))
+    return np.array(back, order="C")  # never the caller's own memory
 
 
 def _put(tree: Tree, path: tuple[str, ...], value: Array) -> None:

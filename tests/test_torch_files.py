@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxhisto import cli, torch_files, weights
+from jaxhisto import cli, tensor_file, torch_files, weights
 from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.models import simclr
 from jaxhisto.models.resnet import BOTTLENECK
@@ -81,7 +82,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stats,
         weights.describe(config, step=7, data_hash="abc", mpp_range=(0.25, 0.5), licence="MIT"),
     )
-    write_golden(folder / "golden.safetensors", model, 32, params, stats, digest)
+    write_golden(folder / "golden.safetensors", folder / "encoder.safetensors", model, 32, digest)
     return folder / "encoder.safetensors"
 
 
@@ -286,7 +287,7 @@ def test_features_of_real_tiles_are_pytorchs(arch, branch, shared_data, tmp_path
     encoder, config = tmp_path / "encoder.safetensors", PretrainConfig(out="run")
     config = replace(config, model=ModelConfig(name=arch))
     stated = weights.describe(config, step=0, data_hash="none") | {"projection_width": "0"}
-    weights.write_tensors(encoder, used_to(arch, tiles, branch), stated)
+    tensor_file.write(encoder, used_to(arch, tiles, branch), stated)
     convert(encoder, "torchvision", tmp_path / "encoder.pth")
     network = load_encoder(tmp_path / "encoder.pth")
     x = network.preprocess(torch.from_numpy(tiles))
@@ -315,47 +316,54 @@ from orbax.checkpoint import v1
 import jaxhisto.pretrain.encoder, jaxhisto.torch_files, jaxhisto_export.layouts
 from jaxhisto.file_config import ExportConfig
 
-def private():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+def held():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return [int(lines[kind].split()[0]) * 1024 for kind in ("RssAnon", "VmRSS")]
 
 def watch():
-    global most
     while not done.wait(0.002):
-        most = max(most, private())
+        most[:] = map(max, most, held())
 
-done, most, before = threading.Event(), 0, private()
+done, before = threading.Event(), held()
+most = list(before)
 watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 jaxhisto.torch_files.export_encoder(ExportConfig(run=sys.argv[1], out=sys.argv[2]))
 done.set()
 watcher.join()
-print(most - before)
+print(*(m - b for m, b in zip(most, before)))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_resnet101_run_is_exported_in_about_twice_its_weights(tmp_path):
-    """Memory beyond the imports, mapped files aside: 1.8 to 2.05 x. The aim, below 2, is not safe
-    yet: this holds what there is (it was 2.7 x)."""
+def test_a_resnet101_run_is_exported_in_less_than_twice_its_weights(tmp_path):
+    """Memory beyond the imports, with and without the pages of mapped files."""
     from jaxhisto.checkpoints import open_checkpoints
     from jaxhisto.distributed import make_mesh
     from jaxhisto.pretrain.step import init_state
 
     model = ModelConfig(name="resnet101")
-    config = PretrainConfig(out=str(tmp_path), model=model, tile_px=64)
+    config = PretrainConfig(out=str(tmp_path), model=model, tile_px=224)
     with open_checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save_async(1, init_state(config, 1, 1.0, make_mesh(1)), {})
     (tmp_path / "config.json").write_text(to_json(config))
     (tmp_path / "data.json").write_text('{"hash": "none", "mpp_range": null}')
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     command = [sys.executable, "-c", MEASURE, tmp_path, tmp_path / "out.ckpt"]
+    # What another process compiled is not found: compiling takes the most memory.
+    alone = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     started = time.monotonic()
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=alone
+    )
     assert ended.returncode == 0, ended.stderr
     seconds = time.monotonic() - started
     size = (tmp_path / "encoder.safetensors").stat().st_size
-    times = int(ended.stdout.splitlines()[-1]) / size
-    print(f"{times:.2f} x the weights of {size / 2**20:.0f} MB, {seconds:.0f} s with the imports")
-    assert times < 2.4
+    private, resident = (int(n) / size for n in ended.stdout.splitlines()[-1].split())
+    print(
+        f"{private:.2f} x the weights of {size / 2**20:.0f} MB, {resident:.2f} x with mapped "
+        f"files, {seconds:.0f} s with the imports"
+    )
+    assert private < 2
+    assert resident < 2

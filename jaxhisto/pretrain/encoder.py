@@ -6,9 +6,7 @@ RUN/golden.safetensors eight synthetic tiles and the features that JAX gives the
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from jaxhisto.checkpoints import open_checkpoints
 from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh
 from jaxhisto.errors import ExportError
-from jaxhisto.golden import COUNT, golden_tiles
+from jaxhisto.golden import golden_tiles
+from jaxhisto.heap import free_large_at_once, give_back_memory
 from jaxhisto.models import simclr
 from jaxhisto.pretrain.step import make_embed
 from jaxhisto.settings import from_json
@@ -51,13 +50,19 @@ def write_encoder(
     """
     run = Path(run)
     check_run(run)
-    config = from_json(PretrainConfig, (run / "config.json").read_text())
-    # Compiled before the weights are read: the compiler's memory and theirs are not held at once.
-    embed = compiled_embed(config.model, config.tile_px)
-    give_back_memory()
+    free_large_at_once()
+    encoder, goldens = run / "encoder.safetensors", run / "golden.safetensors"
+    config, digest = _write_weights(run, encoder, licence, stains)
+    write_golden(goldens, encoder, config.model, config.tile_px, digest)
+    return encoder, goldens
+
+
+def _write_weights(
+    run: Path, encoder: Path, licence: str, stains: tuple[str, ...] | None
+) -> tuple[PretrainConfig, str]:
+    """The run's config, and the SHA-256 of the file with its newest weights."""
     config, data, state = newest(run)
     give_back_memory()
-    params, stats = state["params"], state["batch_stats"]
     span = data["mpp_range"]
     metadata = weights.describe(
         config,
@@ -68,60 +73,50 @@ def write_encoder(
         stains=stains,
         licence=licence,
     )
-    encoder, goldens = run / "encoder.safetensors", run / "golden.safetensors"
-    digest = weights.write_encoder(encoder, params, stats, metadata)
-    del params["projection"]  # on disk now, and no part of the features
-    write_golden(goldens, config.model, config.tile_px, params, stats, digest, embed)
-    del state, params, stats, embed
-    give_back_memory()
-    return encoder, goldens
-
-
-def give_back_memory() -> None:
-    """Hands freed memory to the system, where the C library does not do it by itself.
-
-    glibc keeps the buffers through which a checkpoint was read, one and a half times the
-    weights, and the conversion that follows would come on top.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    return config, weights.write_encoder(encoder, state["params"], state["batch_stats"], metadata)
 
 
 def compiled_embed(model: ModelConfig, tile_px: int) -> Embed:
-    """The encoder in evaluation mode, compiled for the golden tiles before there are weights."""
+    """The encoder in evaluation mode, compiled for one golden tile before there are weights.
+
+    One: the activations of eight of 224 px would take nearly as much memory as the weights.
+    """
     _, params, stats = simclr.structure(model.name, model.projection)
     shapes = {"encoder": params["encoder"]}, {"encoder": stats["encoder"]}
-    images = jax.ShapeDtypeStruct((COUNT, tile_px, tile_px, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, tile_px, tile_px, 3), jnp.float32)
     with jax.default_matmul_precision("float32"):
         return jax.jit(make_embed(model)).lower(*shapes, images).compile()
 
 
-def write_golden(
-    path: Path,
-    model: ModelConfig,
-    tile_px: int,
-    params: Tree,
-    batch_stats: Tree,
-    digest: str,
-    embed: Embed | None = None,
-) -> None:
-    """Writes eight synthetic tiles and the features that this encoder gives them.
+def write_golden(path: Path, encoder: Path, model: ModelConfig, tile_px: int, digest: str) -> None:
+    """Writes eight synthetic tiles and the features that an encoder gives them.
+
+    The caller should hold no weights: the compiler needs as much memory as they do, so they are
+    read after it has ended, tensor by tensor.
 
     Args:
       path: the file.
+      encoder: encoder.safetensors, as `weights.write_encoder` wrote it.
       model: architecture, mean and std.
       tile_px: side of the tiles.
-      params, batch_stats: the weights; the projection may be absent.
-      digest: SHA-256 of the encoder file with these weights.
-      embed: of `compiled_embed`; compiled here where absent.
+      digest: SHA-256 of `encoder`.
     """
-    embed = compiled_embed(model, tile_px) if embed is None else embed
+    give_back_memory()
+    embed = compiled_embed(model, tile_px)
+    give_back_memory()
     tiles = golden_tiles(tile_px)
-    images = jnp.asarray(tiles, jnp.float32) / 255
-    trees = {"encoder": params["encoder"]}, {"encoder": batch_stats["encoder"]}
-    features = embed(*trees, images)
-    weights.write_golden(path, tiles, np.asarray(features), digest)
+    trees = weights.stream_encoder(encoder, model.name, _on_device)
+    give_back_memory()
+    images = np.asarray(tiles, np.float32) / 255
+    features = np.concatenate([np.asarray(embed(*trees, image[None])) for image in images])
+    del trees, embed
+    give_back_memory()
+    weights.write_golden(path, tiles, features, digest)
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    """Waits for the copy: else those of all tensors would be held until theirs is made."""
+    return jax.device_put(array).block_until_ready()
 
 
 def check_run(run: Path) -> None:
