@@ -17,7 +17,7 @@ KEPT = 0.85
 """Of the stained pixels. Pink and violet H&E: 0.97 and more; bluish: 0.74 (docs/foreground.md)."""
 FITS = 0.9  # of the stained pixels that another detector must take to be named
 STAINED = 0.2  # decadic optical density of the channel that is absorbed most
-LEAST = 0.01  # of the slide; below it, dirt decides
+LEAST = 0.003  # of the slide: a small biopsy; below it, dirt decides
 PIXELS = 500_000  # looked at, about: a shrunk grid shows the stain as well
 HALO_UM = 100.0  # around ink, which fades out at its edges
 OTHERS = {"ciga2022": ("od", "otsu"), "od": ("otsu",), "otsu": ("od",)}

@@ -61,8 +61,10 @@ def test_od_is_told_of_brown_and_otsu_of_grey():
 def test_ink_dirt_and_what_is_not_in_the_file_are_no_tissue():
     assert note(view(PINK, GREEN_INK)) == note(view(PINK, RED_INK)) == note(view()) == ""
     speck = view()
-    speck.rgb[:3, :3] = BLUISH
+    speck.rgb[:2, :2] = BLUISH  # 4 of 2000 pixels
     assert note(speck) == ""
+    speck.rgb[:2, :4] = BLUISH
+    assert note(speck).endswith("try --foreground od")
     absent = view(PINK, BLUISH)
     absent.there[:, 90:] = False
     assert note(absent) == ""

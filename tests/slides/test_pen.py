@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,9 +13,11 @@ from PIL import Image
 from skimage.color import hed2rgb
 
 from jaxhisto.config import TileConfig
+from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.cutting import Job, cut_slide
 from jaxhisto.slides.pen import ink_note, pen_marks
-from jaxhisto.slides.tiling import TileResult, tile
+from jaxhisto.slides.pixel_size import GivenPixelSize
 
 GREEN, BLUE, RED, BLACK = (40, 170, 140), (40, 80, 180), (214, 40, 60), (45, 45, 50)
 
@@ -89,9 +92,12 @@ def test_real_pens_are_seen_and_real_tissue_is_none(shared_data):
         assert not pen_marks(reduced(path, 12), "green_blue", 8.0).any()
 
 
-def run(tmp_path, name: str, path, **changes: object) -> TileResult:
-    config = TileConfig((str(path),), str(tmp_path / name), tile_px=64, max_tiles=0, processes=1)
-    return tile(dataclasses.replace(config, **{"foreground": "otsu", **changes}))
+def cut(tmp_path, name: str, path, **changes: object) -> dict[str, Any]:
+    """The manifest entry of a slide, cut in this process."""
+    config = TileConfig((str(path),), str(tmp_path / name), "d", tile_px=64, max_tiles=0)
+    config = dataclasses.replace(config, **{"foreground": "otsu", **changes})
+    with StoreWriter(tmp_path / name, {}):
+        return cut_slide(Job(path, path.name, GivenPixelSize(), config)).record
 
 
 def marked() -> np.ndarray:
@@ -103,23 +109,40 @@ def marked() -> np.ndarray:
 
 def test_tiles_with_ink_are_counted_under_their_own_reason(tmp_path):
     path = write_slide(tmp_path / "a.tif", marked(), levels=5)
-    guarded = run(tmp_path, "guarded", path).manifest["slides"][0]
-    free = run(tmp_path, "free", path, pen="none").manifest["slides"][0]
+    guarded = cut(tmp_path, "guarded", path)
+    free = cut(tmp_path, "free", path, pen="none")
 
     assert guarded["rejected"]["pen"] == 64 * 4 + 32  # ink on glass is foreground to otsu
     assert guarded["tiles"] == 32 * 3
     assert guarded["tiles"] + sum(guarded["rejected"].values()) == 64 * 8
     assert (free["rejected"]["pen"], free["tiles"]) == (0, 64 * 4 + 32 * 4)
-    capped = run(tmp_path, "capped", path, max_tiles=10).manifest["slides"][0]
+    capped = cut(tmp_path, "capped", path, max_tiles=10)
     assert (capped["tiles"], capped["rejected"]["over_cap"]) == (10, 32 * 3 - 10)
-    assert "pen" in (tmp_path / "guarded" / "report.html").read_text()
+    assert "foreground with marker ink on it" in next(
+        (tmp_path / "guarded" / "report").glob("*.html")
+    ).read_text(encoding="utf-8")
+
+
+def test_the_papers_rule_closes_over_a_stroke_which_the_guard_takes_out(tmp_path):
+    """A stroke of 128 um, narrower than the close's disc."""
+    image = painted(2048, 1024, PINK)
+    image[384:640] = over(GREEN, image[384:640])
+    path = write_slide(tmp_path / "a.tif", image, levels=5)
+    slides = [
+        cut(tmp_path, pen, path, foreground="ciga2022", pen=pen) for pen in ("none", "green_blue")
+    ]
+
+    # Beyond the slide's edge is background: there the close leaves the stroke open, two cells
+    # a side.
+    assert [s["rejected"]["pen"] for s in slides] == [0, 4 * 32 - 4]
+    assert [s["tiles"] for s in slides] == [16 * 32 - 4, 12 * 32]
 
 
 def test_where_the_overview_is_spoilt_the_tiles_own_pixels_show_the_ink(tmp_path):
     image = painted(4096, 512, PINK)
     image[:256] = over(GREEN, image[:256])
     path = spoil(write_slide(tmp_path / "a.tif", image, levels=5), 0, page=4)
-    slide = run(tmp_path, "s", path, foreground="od").manifest["slides"][0]
+    slide = cut(tmp_path, "s", path, foreground="od")
 
     assert slide["rejected"]["pen"] == 64 * 4
 
@@ -128,11 +151,10 @@ def test_a_stain_that_looks_like_ink_is_named_as_such(tmp_path):
     image = painted(1024, 1024, GLASS)
     image[:, :512] = over(BLUE, image[:, :512])
     image[:128, 512:] = painted(512, 128, PINK)
-    result = run(tmp_path, "s", write_slide(tmp_path / "a.tif", image))
+    (note,) = cut(tmp_path, "s", write_slide(tmp_path / "a.tif", image))["notes"]
 
-    (note,) = result.manifest["slides"][0]["notes"]
     assert note.endswith("looks like marker ink; if it is a stain, pass --pen none")
     assert not ink_note(np.zeros((4, 4), bool), np.zeros((4, 4), bool))
     image[:128, 512:] = GLASS
     with pytest.raises(SlideError, match=r"128 of 256 cells have marker ink.*--pen none"):
-        run(tmp_path, "t", write_slide(tmp_path / "b.tif", image))
+        cut(tmp_path, "t", write_slide(tmp_path / "b.tif", image))
