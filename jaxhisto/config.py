@@ -44,6 +44,9 @@ class TileConfig:
     (on saturation) or `od` (haematoxylin + eosin optical density)."""
     close_um: float = within(100.0, 0, 2000)
     """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off. Ours."""
+    pen: Literal["none", "green_blue", "all"] = "green_blue"
+    """Tiles with marker ink on a tenth or more are left out: `green_blue` ink; `all`, red and black
+    too, which may take blood and pigment; `none` for alcian blue, trichrome and the like. Ours."""
     min_foreground: float = within(0.5, 0, 1)
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
     max_tiles: int = within(100, 0, MANY)

@@ -50,6 +50,7 @@ class Sample:
     manifest: Manifest
     paths: Sequence[str]
     left_out: Sequence[str]
+    doubts: Sequence[str] = ()
 
     def summary(self) -> list[str]:
         """The counts of each dataset as a table, what was left out, the total last."""
@@ -66,6 +67,7 @@ class Sample:
         return [
             *catalog.table_lines([head, *rows], right={2, 3, 4}),
             *(f"left out: {line}" for line in self.left_out),
+            *(f"note: {line}" for line in self.doubts),
             f"{len(self.manifest):,} tiles of {len(rows)} datasets, manifest "
             f"{self.manifest.hash[:12]}",
         ]
@@ -116,7 +118,8 @@ def sample(config: SampleConfig) -> Sample:
         entries=entries,
     )
     left_out += [f"{name}: {why}" for name, why in pool.dropped]
-    return Sample(manifest, [pool.paths[i] for i in used], left_out)
+    doubts = catalog.doubts(pool.datasets(), config.datasets)
+    return Sample(manifest, [pool.paths[i] for i in used], left_out, doubts)
 
 
 def check_rule(config: SampleConfig) -> None:

@@ -25,7 +25,9 @@ from jaxhisto.data.store_writer import (
     write_record,
 )
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.fit import fit_note
 from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
+from jaxhisto.slides.pen import MOST, ink_note, pen_marks
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import Flags, Overview, Pixels, RegionError, Scale, Slide, content_hash
 from jaxhisto.slides.report import REASONS, fitted, slide_section
@@ -135,11 +137,15 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         )
     view = slide.overview(MASK_MPP / slide.mpp)
     mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
+    ink = pen_marks(view.rgb, config.pen, slide.mpp * view.downsample)
+    fit = fit_note(view, mask, config.foreground, slide.mpp * view.downsample)
     draw = Draw()
     draw.rejected["outside"] = grid.outside
-    part = write_part(Path(config.out), job.id, _tiles(slide, job, scale, grid, view, mask, draw))
+    part = write_part(
+        Path(config.out), job.id, _tiles(slide, job, scale, grid, view, mask, ink, draw)
+    )
     if not part["tiles"]:
-        raise SlideError(_nothing(slide, config, mask, grid, draw))
+        raise SlideError(_nothing(slide, config, mask, grid, draw, fit))
     record = {
         "id": job.id,
         "sha256": sha256,
@@ -147,7 +153,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         "height": slide.height,
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
-        "notes": list(slide.notes),
+        "notes": [*slide.notes, *filter(None, (fit, ink_note(ink, mask)))],
         "tile_mpp": scale.mpp,
         "tiles": part["tiles"],
         "rejected": draw.rejected,
@@ -170,7 +176,14 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
 
 
 def _tiles(
-    slide: Slide, job: Job, scale: Scale, grid: Grid, view: Overview, mask: Flags, draw: Draw
+    slide: Slide,
+    job: Job,
+    scale: Scale,
+    grid: Grid,
+    view: Overview,
+    mask: Flags,
+    ink: Flags,
+    draw: Draw,
 ) -> Iterator[Tile]:
     """Draws and reads: exactly min(max_tiles, readable foreground cells), counted in `draw`.
 
@@ -180,11 +193,15 @@ def _tiles(
     args = (view.downsample, grid.xs, grid.ys, scale.side)
     covered = shares(mask, *args).ravel() >= config.min_foreground - 1e-9
     unsure = shares(~view.known, *args).ravel() > 0
+    # The whole mask once more, for the few slides that a pen was used on.
+    inked = shares(ink, *args).ravel() >= MOST - 1e-9 if ink.any() else np.zeros_like(covered)
     cells = (
         order(config.seed, job.id, covered.size) if config.max_tiles else np.arange(covered.size)
     )
     cells = cells[(covered | unsure)[cells]]
     draw.rejected["background"] = covered.size - cells.size
+    draw.rejected["pen"] = int(inked[cells].sum())
+    cells = cells[~inked[cells]]
     for rank, cell in enumerate(cells):
         if config.max_tiles and len(draw.kept) == config.max_tiles:
             draw.rejected["over_cap"] = cells.size - rank
@@ -196,8 +213,8 @@ def _tiles(
             draw.rejected[error.reason] += 1
             draw.lost.append((x, y))
             continue
-        if unsure[cell] and _own_share(rgb, scale.mpp, config) < config.min_foreground:
-            draw.rejected["background"] += 1
+        if unsure[cell] and (reason := _own_reason(rgb, scale.mpp, config)):
+            draw.rejected[reason] += 1
             continue
         draw.kept.append((x, y))
         if len(draw.contacts) < CONTACTS:
@@ -214,19 +231,24 @@ def _picture(slide: Slide, view: Overview) -> Pixels:
     return fitted(rgb, PICTURE_PX)
 
 
-def _own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
-    """Foreground share of a tile seen alone, at the mask's pixel size."""
+def _own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
+    """Why a tile seen alone, at the mask's pixel size, is not kept; empty where it is."""
     factor = max(1.0, MASK_MPP / mpp)
     small = _small(rgb, max(1, round(rgb.shape[0] / factor)))
     side_mpp = mpp * rgb.shape[0] / small.shape[0]
-    return float(foreground(small, config.foreground, side_mpp, config.close_um).mean())
+    share = foreground(small, config.foreground, side_mpp, config.close_um).mean()
+    if share < config.min_foreground:
+        return "background"
+    return "pen" if pen_marks(small, config.pen, side_mpp).mean() >= MOST else ""
 
 
 def _small(rgb: Pixels, side: int) -> Pixels:
     return np.asarray(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _nothing(slide: Slide, config: TileConfig, mask: Flags, grid: Grid, draw: Draw) -> str:
+def _nothing(
+    slide: Slide, config: TileConfig, mask: Flags, grid: Grid, draw: Draw, fit: str
+) -> str:
     """Why a slide gave no tile, in one sentence."""
     lost = draw.rejected["unreadable"] + draw.rejected["transparent"]
     cells = len(grid.xs) * len(grid.ys)
@@ -235,6 +257,13 @@ def _nothing(slide: Slide, config: TileConfig, mask: Flags, grid: Grid, draw: Dr
             f"{slide.path}: no tile, since {lost} of {cells} cells cannot be read and the rest is "
             "background; copy the file again, or leave it out"
         )
+    if draw.rejected["pen"]:
+        return (
+            f"{slide.path}: no tile, since {draw.rejected['pen']} of {cells} cells have marker ink "
+            "and the rest is background; pass --pen none if that is a stain, or leave it out"
+        )
+    if fit:
+        return f"{slide.path}: no tile of {cells} has enough foreground: {fit}, or leave it out"
     return (
         f"{slide.path}: no foreground, none of {cells} tiles reaches {config.min_foreground:g} "
         f"under {config.foreground} ({mask.mean():.1%} of the slide is foreground); try another "

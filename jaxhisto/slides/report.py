@@ -26,6 +26,7 @@ MASK_COLOUR = (0, 150, 136)  # RGB; teal is the hue H&E does not have
 # Why a cell of the grid is not kept: key in the manifest -> name, explanation, colour.
 REASONS = {
     "background": ("background", "less foreground than asked for", "var(--background)"),
+    "pen": ("pen", "foreground with marker ink on it", "var(--pen)"),
     "outside": ("outside", "cut by the slide's right or lower edge", "var(--outside)"),
     "transparent": ("transparent", "pixels that are not in the file", "var(--transparent)"),
     "unreadable": ("unreadable", "cannot be decoded", "var(--unreadable)"),
@@ -242,7 +243,7 @@ def _mask_png(mask: Flags) -> str:
 STYLE = """
 :root{--ink:#20242c;--soft:#667085;--line:#e4e7ec;--paper:#fff;--ground:#f6f5f8;--accent:#7a2f6f;
 --kept:#7a2f6f;--background:#d9dce3;--outside:#b9bec9;--transparent:#8fb8de;--unreadable:#e5484d;
---over:#d9b8d4;--box:#14213d}
+--over:#d9b8d4;--pen:#3f9c7a;--box:#14213d}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}

@@ -81,6 +81,15 @@ def test_real_slides_yield_what_they_hold(real_store):
         assert slide["tiles"] + sum(slide["rejected"].values()) == across * down
 
 
+def test_the_bluish_slide_alone_is_said_to_want_another_detector(real_store):
+    fits = [line for line in real_store.summary() if "calls tissue" in line]
+
+    assert len(fits) == 1
+    assert fits[0].startswith("her2st_C2_pyramid.tiff: note: ciga2022 keeps 7")
+    assert fits[0].endswith("of what od calls tissue (bluish stain); try --foreground od")
+    assert [s["rejected"]["pen"] for s in real_store.manifest["slides"]] == [0] * 5
+
+
 def test_the_unreadable_slide_is_reported_and_the_others_go_on(real_store):
     assert [f.slide for f in real_store.failures] == ["text.svs"]
     assert "OpenSlide does not read this file" in real_store.failures[0].reason
