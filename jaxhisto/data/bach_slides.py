@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.data.labelled import drawn_order, few
+from jaxhisto.data.polygons import fill_polygon
 from jaxhisto.data.set_folders import count_note
 from jaxhisto.data.splits import checked_split
 from jaxhisto.data.tasks import Task, Window
@@ -223,13 +223,13 @@ class OutlineMasks:
         self._outlines, self._windows, self._side = outlines, windows, side
 
     def read(self, i: int) -> NDArray[np.uint8]:
-        """Mask i, (side, side) uint8, index into the classes; a polygon's edge belongs to it."""
+        """Mask i, (side, side) uint8, index into the classes."""
         window = self._windows[i]
         mask = np.zeros((self._side, self._side), np.uint8)
         for outline in self._outlines[window.source]:
             if outline.touches(window, self._side):
                 corner = np.array([window.x, window.y], np.int32)
-                cv2.fillPoly(mask, [outline.points - corner], outline.label)
+                fill_polygon(mask, outline.points - corner, outline.label)
         return mask
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -231,9 +231,12 @@ def _table(path: Path) -> list[list[str]]:
 
 
 def _find_file(data: str, root: Path, name: str) -> Path:
-    """A file beside `root`'s folders, or anywhere below `data`."""
-    candidates: Sequence[Path] = [root / name, *sorted(Path(data).expanduser().rglob(name))]
-    for path in candidates:
-        if path.is_file():
-            return path
+    """A file beside `root`'s folders, or the only one of that name below `data`."""
+    if (root / name).is_file():
+        return root / name
+    found = sorted(Path(data).expanduser().rglob(name))
+    if len(found) > 1:
+        raise StoreError(f"{found[0]} and {found[1]} could both be meant; keep one.")
+    if found:
+        return found[0]
     raise StoreError(f"{data}: no {name} in here; unpack the archive that holds it here too.")

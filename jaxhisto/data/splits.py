@@ -237,7 +237,8 @@ def by_image(
     """Rows in as many parts as shares (whole numbers), ascending; of each class these shares."""
     parts: list[list[int]] = [[] for _ in shares]
     owed = [0] * len(shares)  # millionths of an image, over the classes so far
-    for c in np.unique(labels[rows]).tolist():
+    # By name, not by number: in which order the classes were asked for changes nothing.
+    for c in sorted(np.unique(labels[rows]).tolist(), key=lambda c: task.classes[c : c + 1]):
         drawn = _drawn(task.names, rows[labels[rows] == c].tolist(), f"split {seed}")
         for p, share in enumerate(shares):
             owed[p] += share * len(drawn)
