@@ -89,7 +89,9 @@ def core_grade(maps: Sequence[NDArray[np.integer]]) -> int:
       ValueError: nothing is mapped.
     """
     clean = [np.where(ids > HIGHEST, 1, ids) for ids in maps]
-    votes = np.stack([sum((ids == g).astype(np.int64) for ids in clean) for g in range(6)])
+    votes = np.stack(
+        [np.sum([ids == g for ids in clean], axis=0, dtype=np.uint8) for g in range(6)]
+    )
     agreed = HIGHEST - np.argmax(votes[::-1], axis=0)  # of equals the higher grade
     pixels = np.bincount(agreed.reshape(-1), minlength=6).tolist()
     mapped, cancer = sum(pixels[1:]), sum(pixels[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from made_tasks import Nameless, made_task, named, shuffled
 
+from jaxhisto.data.grouping import divide_groups
 from jaxhisto.data.splits import (
     PERCENTS,
     by_image,
@@ -103,6 +105,33 @@ def test_every_part_gets_a_class_that_few_groups_have():
     for seed in range(5):
         for part in whole(task, make_split(task, seed)):
             assert task.labels[part].sum() == 4
+
+
+UNEVEN = (
+    {"g0": (16, 17), "g3": (0, 16), "g4": (7, 4), "g5": (34, 0)},
+    {"g0": (0, 22), "g1": (25, 1), "g2": (7, 0), "g3": (16, 0), "g4": (13, 1)},
+    {"g0": (16, 0), "g1": (0, 1), "g2": (2, 0), "g3": (1, 6), "g4": (1, 26)},
+)
+
+
+@pytest.mark.parametrize("counts", UNEVEN)
+def test_few_uneven_groups_are_divided_nearly_as_well_as_can_be(counts):
+    """The oracle tries all assignments."""
+
+    def missing_and_distance(assignment):
+        held = np.zeros((3, 2))
+        for part, count in zip(assignment, counts.values(), strict=True):
+            held[part] += count
+        far = np.abs(held.sum(axis=1) - held.sum() * np.array([0.5, 0.25, 0.25])).max()
+        return (held == 0).sum(), far
+
+    best = min(map(missing_and_distance, itertools.product(range(3), repeat=len(counts))))
+    largest = max(map(sum, counts.values()))
+    for seed in range(10):
+        placed = divide_groups(counts, (2, 1, 1), f"seed {seed}")
+        missing, far = missing_and_distance([placed[g] for g in counts])
+        assert missing == best[0]
+        assert far <= max(best[1], largest / 2)
 
 
 def test_test_groups_that_are_named(grouped):
