@@ -118,8 +118,8 @@ def checked_split(
             if absent:
                 raise StoreError(
                     f"{task.name}: the {part} part has no image of {few(absent)}; divide it "
-                    "otherwise (another --split-seed or --test), add images, or leave the class out with "
-                    "--classes."
+                    "otherwise (another --split-seed or --test), add images, or leave the class "
+                    "out with --classes."
                 )
     _refuse_torn(task, rows, validation_by_image)
     return Split(
