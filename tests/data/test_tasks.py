@@ -169,7 +169,9 @@ def test_numbered_instances_become_foreground(tmp_path):
     config = {"data": str(images), "masks": str(masks)}
     task = open_task(TaskConfig(**config, masks_are="instances"))
     np.testing.assert_array_equal(task.masks.read(0), ids > 0)
-    with pytest.raises(StoreError, match=r"class id 300 and 10 other ids, .*--masks-are instances"):
+    with pytest.raises(
+        StoreError, match=r"class id 300 and 10 other ids, .*--task.masks-are instances"
+    ):
         open_task(TaskConfig(**config))
 
 
@@ -262,15 +264,23 @@ def test_masks_and_images_without_the_other_are_listed(pair):
         ({"data": "nowhere"}, StoreError, "nowhere: does not exist"),
         ({"data": "{empty}"}, StoreError, "no images .* in here"),
         ({"data": "{images}", "label": "x", "target": "y"}, ConfigError, "two tasks; name one"),
-        ({"data": "{images}", "target": "y"}, ConfigError, "name its CSV file by --labels"),
-        ({"data": "{images}", "group_pattern": "(x"}, ConfigError, "--group-pattern '.x': .*mend"),
+        ({"data": "{images}", "target": "y"}, ConfigError, "name its CSV file by --task.labels"),
+        (
+            {"data": "{images}", "group_pattern": "(x"},
+            ConfigError,
+            "--task.group-pattern '.x': .*mend",
+        ),
         ({"data": "{images}", "group_pattern": "x"}, ConfigError, r"put \( \) around"),
         ({"data": "{images}", "group_pattern": "a/(.)"}, StoreError, r"no group of 8 images \(b/0"),
         ({"data": "{images}", "group": "p", "group_pattern": "(.)"}, ConfigError, "both say what"),
-        ({"data": "{images}", "window": 8}, ConfigError, "--window cuts images with masks"),
+        ({"data": "{images}", "window": 8}, ConfigError, "--task.window cuts images with masks"),
         ({"data": "{images}/a"}, StoreError, "no image has a label|all 4 images"),
         ({"data": "{images}", "masks": "{images}", "classes": ("one",)}, ConfigError, "names 1;"),
-        ({"data": "{images}", "layout": "bach", "label": "x"}, ConfigError, "--label is for files"),
+        (
+            {"data": "{images}", "layout": "bach", "label": "x"},
+            ConfigError,
+            "--task.label is for files",
+        ),
     ],
 )
 def test_settings_that_are_refused(folder, tmp_path, options, error, match):
