@@ -437,6 +437,12 @@ def test_bach_slides_in_windows(bach_slides):
     assert len(task) == 80
     assert task.names[:3] == ("A01.svs y0 x0", "A01.svs y0 x128", "A01.svs y0 x256")
     np.testing.assert_array_equal(task.images.read(8 + 5), noise(300, 560, 2)[128:256, 128:256])
+    rows = [(7 * i) % 80 for i in range(80)]  # from slide to slide, by several threads
+    for i, pixels in zip(rows, task.load(rows, 128, threads=4), strict=True):
+        window = task.windows[i]
+        slide = noise(300, 560, int(window.source[1:3]))
+        cut = slide[window.y : window.y + 128, window.x : window.x + 128]
+        np.testing.assert_array_equal(pixels, cut)
     mask = np.zeros((256, 512), np.uint8)
     for i, window in enumerate(task.windows[:8]):
         mask[window.y : window.y + 128, window.x : window.x + 128] = task.masks.read(i)

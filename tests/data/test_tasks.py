@@ -186,6 +186,9 @@ def test_windows_of_images_and_masks(pair):
     assert task.names[3] == "0.png y6 x6"
     np.testing.assert_array_equal(task.images.read(3), noise(12, 16, 0)[6:12, 6:12])
     np.testing.assert_array_equal(task.masks.read(14), (noise(12, 16, 12)[..., 0] % 3)[6:12, :6])
+    rows = [(5 * i) % 16 for i in range(16)]
+    cuts = [noise(12, 16, i // 4)[6 * (i // 2 % 2) :, 6 * (i % 2) :][:6, :6] for i in rows]
+    np.testing.assert_array_equal(task.load(rows, 6, threads=4), cuts)
     assert "25.0% of the pixels, at edges, in no window" in task.summary()[-1]
     assert "16 images cut from 4 images" in task.summary()[0]
     split = make_split(task, 0)
