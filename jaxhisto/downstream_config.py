@@ -1,3 +1,76 @@
 """Settings of the verbs that say what an encoder is worth, as `config.py` has those of training."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxhisto.config import MANY, OPERATIONAL, POSITIONAL, within
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """How whole slides are cut into tiles, as `jaxhisto tile` has it."""
+
+    tile_mpp: float | None = within(None, 0.01, 100)
+    """Pixel size of the tiles in um/px; none: each slide's own highest resolution."""
+    mpp: float | None = within(None, 0.02, 100)
+    """Pixel size at level 0 in um/px for slides that do not state one."""
+    foreground: Literal["ciga2022", "otsu", "od"] = "ciga2022"
+    """Foreground rule: `ciga2022` (paper, App. B), `otsu` or `od`."""
+    close_um: float = within(100.0, 0, 2000)
+    """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off."""
+    min_foreground: float = within(0.5, 0, 1)
+    """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
+    max_tiles: int = within(0, 0, MANY)
+    """Most tiles of one slide, drawn at random; 0: all."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Features of tiles, images and whole slides from an encoder, into one HDF5 file."""
+
+    encoder: str = field(metadata=POSITIONAL)
+    """Run folder, encoder.safetensors, another project's file, a name of `jaxhisto zoo list`,
+    `random:resnet18` (with a seed: `random:resnet18:1`), or `handmade` (colour and LBP)."""
+    tiles: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tile stores, folders, zip, tar and HDF5 files of images, CSV lists, `tfds:NAME`; or whole
+    slides and folders of slides."""
+    out: str
+    """The HDF5 file to write; a killed line goes on where it was."""
+    kind: Literal["auto", "tiles", "slides"] = "auto"
+    """Whether `tiles` are images or whole slides, where their names do not say (.tif)."""
+    tile_px: int = within(0, 0, 8192)
+    """Side in pixels at which a tile is fed; others are resized, of long ones the middle square
+    taken. 0: as the encoder was trained."""
+    layer: int = within(4, 1, 4)
+    """Stage whose map is averaged; 4: the encoder's features."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Mean that the encoder wants subtracted from RGB in 0..1, where its file does not say."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Standard deviation to divide by, likewise."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Arithmetic of the convolutions."""
+    per_slide: str = ""
+    """Also a folder with one HDF5 file a slide."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids of a store."""
+    manifest: str = ""
+    """List of tiles from `jaxhisto sample`: exactly those of `tiles`, in its order."""
+    max_side: int = within(512, 32, 8192)
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    cut: CutConfig = field(default_factory=CutConfig)
+    batch: int = within(64, 1, 4096)
+    """Tiles that a device takes at a time; the numbers are the same on any number of devices."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""
+    prefetch: int = within(2, 0, 1024, operational=True)
+    """Batches decoded ahead."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there under that name, and begin anew."""

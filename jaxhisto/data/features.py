@@ -277,53 +277,13 @@ class FeatureWriter:
             raise ValueError(f"{self.done} rows, but {len(names)} names")
         temporary = self.partial / "finished.h5"
         try:
-            self._write(temporary, range(self.done), names, slides, spans, attributes)
+            width = self._dtype["features"].shape[0]
+            _write(self._h5py, temporary, width, self._rows, names, slides, spans, attributes)
             os.replace(temporary, self.out)
         except OSError as error:
             raise _unwritable(self.out, error) from error
         self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
-
-    def per_slide(
-        self,
-        folder: Path,
-        names: Sequence[str],
-        slides: Sequence[str],
-        spans: NDArray[np.float64],
-        attributes: Mapping[str, Any],
-    ) -> list[Path]:
-        """Writes FOLDER/SLIDE.h5 for each slide; images that are of none stay out.
-
-        Raises:
-          StoreError: two slides would share a file, or one cannot be written.
-        """
-        of: dict[str, list[int]] = {}
-        for row, slide in enumerate(slides):
-            if slide:
-                of.setdefault(slide, []).append(row)
-        files: dict[Path, str] = {}
-        for slide in of:
-            file = folder / f"{Path(slide).with_suffix('')}.h5"
-            if file in files:
-                raise StoreError(
-                    f"{file}: would hold both {files[file]} and {slide}; rename one, or leave "
-                    "--per-slide out."
-                )
-            files[file] = slide
-        for file, slide in files.items():
-            rows = of[slide]
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self._write(
-                    temporary, rows, [names[i] for i in rows], [slide] * len(rows), spans[rows],
-                    {**attributes, "slide": slide},
-                )  # fmt: skip
-                os.replace(temporary, file)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise _unwritable(file, error) from error
-        return list(files)
 
     def close(self) -> None:
         """Leaves OUT.partial as it is, for the next start."""
@@ -341,41 +301,86 @@ class FeatureWriter:
     ) -> None:
         self.close()
 
+    def _rows(self, at: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+        held = self._read(int(at[0]), int(at[-1]) + 1)
+        return held["features"], held["coords"]
+
     def _read(self, start: int, stop: int) -> NDArray[Any]:
         size = self._dtype.itemsize
         return np.fromfile(self.partial / ROWS, self._dtype, stop - start, offset=start * size)
 
-    def _write(
-        self,
-        path: Path,
-        rows: range | list[int],
-        names: Sequence[str],
-        slides: Sequence[str],
-        spans: NDArray[np.float64],
-        attributes: Mapping[str, Any],
-    ) -> None:
-        """The HDF5 file of some rows, on the disk when it returns."""
-        width = self._dtype["features"].shape[0]
-        text = self._h5py.string_dtype("utf-8")
-        step = max(1, AT_ONCE // self._dtype.itemsize)
-        with self._h5py.File(path, "w", track_order=True) as file:
-            features = file.create_dataset("features", (len(rows), width), "<f4")
-            coords = file.create_dataset("coords", (len(rows), 2), "<i8")
-            for at in range(0, len(rows), step):
-                wanted = rows[at : at + step]
-                first, last = min(wanted), max(wanted) + 1
-                held = self._read(first, last)[np.asarray(wanted) - first]
-                features[at : at + len(wanted)] = held["features"]
-                coords[at : at + len(wanted)] = held["coords"]
-            if len(spans) and (spans == spans[0]).all():
-                coords.attrs["patch_size_level0"] = spans[0]  # as CLAM's successors name it
-            file.create_dataset("names", data=np.array(names, object), dtype=text)
-            file.create_dataset("slides", data=np.array(slides, object), dtype=text)
-            file.create_dataset("spans", data=np.asarray(spans, np.float64))
-            for key, value in {"format": FORMAT, **attributes}.items():
-                file.attrs[key] = value
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
+
+def write_per_slide(found: Features, folder: Path | str) -> list[Path]:
+    """Writes FOLDER/SLIDE.h5 for each slide; images that are of none stay out.
+
+    Raises:
+      StoreError: no slides, two that would share a file, or one cannot be written.
+    """
+    of: dict[str, list[int]] = {}
+    for row, slide in enumerate(found.slides):
+        if slide:
+            of.setdefault(slide, []).append(row)
+    if not of:
+        raise StoreError(f"{found.path}: has tiles of no slide; leave --per-slide out.")
+    files: dict[Path, str] = {}
+    for slide in of:
+        file = Path(folder) / f"{Path(slide).with_suffix('')}.h5"
+        if file in files:
+            raise StoreError(
+                f"{file}: would hold both {files[file]} and {slide}; rename one, or leave "
+                "--per-slide out."
+            )
+        files[file] = slide
+    h5py = _h5py(found.path)
+    for file, slide in files.items():
+        rows = of[slide]
+
+        def read(at: NDArray[np.int64], rows: list[int] = rows) -> tuple[Floats, NDArray[np.int64]]:
+            index = np.asarray(rows)[at]
+            # HDF5 is quick at spans, not at lists of rows.
+            span = found.read(int(index.min()), int(index.max()) + 1)
+            return span[index - index.min()], found.coords[index]
+
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        told = [found.names[i] for i in rows], [slide] * len(rows), found.spans[rows]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write(h5py, temporary, found.width, read, *told, found.attributes | {"slide": slide})
+            os.replace(temporary, file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(file, error) from error
+    return list(files)
+
+
+def _write(
+    h5py: Any,
+    path: Path,
+    width: int,
+    read: Callable[[NDArray[np.int64]], tuple[Floats, NDArray[np.int64]]],
+    names: Sequence[str],
+    slides: Sequence[str],
+    spans: NDArray[np.float64],
+    attributes: Mapping[str, Any],
+) -> None:
+    """The HDF5 file of rows that `read` gives by position; on the disk when it returns."""
+    text = h5py.string_dtype("utf-8")
+    n, step = len(names), max(1, AT_ONCE // (4 * width))
+    with h5py.File(path, "w", track_order=True) as file:
+        features = file.create_dataset("features", (n, width), "<f4")
+        coords = file.create_dataset("coords", (n, 2), "<i8")
+        for at in range(0, n, step):
+            stop = min(at + step, n)
+            features[at:stop], coords[at:stop] = read(np.arange(at, stop))
+        if len(spans) and (spans == spans[0]).all():
+            coords.attrs["patch_size_level0"] = spans[0]  # as CLAM's successors name it
+        file.create_dataset("names", data=np.array(names, object), dtype=text)
+        file.create_dataset("slides", data=np.array(slides, object), dtype=text)
+        file.create_dataset("spans", data=np.asarray(spans, np.float64))
+        for key, value in {"format": FORMAT, **attributes}.items():
+            file.attrs[key] = value
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def refuse_not_finite(rows: Floats, name: Callable[[int], str], where: str) -> None:
