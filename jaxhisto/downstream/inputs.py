@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig, TileConfig
 from jaxhisto.data import images
-from jaxhisto.data.labelled import centre_square
+from jaxhisto.data.named_images import centre_square
 from jaxhisto.data.loader import cores
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.data.store import is_store
