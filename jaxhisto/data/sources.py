@@ -118,6 +118,15 @@ class Tiles:
         more = len(self.sources) > 1
         return replace(place, name=f"{source.path.name}/{place.name}") if more else place
 
+    def origin(self, i: int) -> tuple[Source, int]:
+        """The store, folder or file that tile i is from, and its row there."""
+        source, row = self._find(i)
+        return source.listed(row) if hasattr(source, "listed") else (source, row)
+
+    def origins(self) -> list[Source]:
+        """All stores, folders and files, those behind a manifest too."""
+        return [one for source in self.sources for one in getattr(source, "behind", [source])]
+
     def mpp_range(self) -> tuple[float, float] | None:
         """Smallest and largest um/px over the stores; None without one. Few other sources
         state any."""
@@ -214,6 +223,10 @@ class StoreSource:
 
     def name(self, i: int) -> str:
         return f"{self.path}: tile {self._kept[i]} (slide {self._slides[self._kept[i]]})"
+
+    def row_in_store(self, i: int) -> int:
+        """The row of tile i among all of the store, excluded ones too."""
+        return self._kept[i]
 
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
         slide = self._slides[self._kept[i]]

@@ -232,17 +232,20 @@ def _seeds(rows: _Centred, k: int, seed: int) -> Floats:
         if sum(map(len, parts)) == wanted:
             break
     each = math.ceil(k / ROUNDS)
-    draws = 2 + int(math.log(k)) if each == 1 else 3
+    draws = 2 + int(math.log(padded_k(k))) if each == 1 else 3
     # One device: what the others would do beside it is the same.
     with jax.set_mesh(make_mesh(1)):
-        chosen = _drawn(np.concatenate(parts), jax.random.key(seed), k, each, draws)
-        return np.asarray(chosen)
+        sample, key, rounds = np.concatenate(parts), jax.random.key(seed), math.ceil(k / each)
+        chosen = _drawn(sample, key, np.int32(rounds), padded_k(k) // each + 1, each, draws)
+        return sample[np.asarray(chosen)[:k]]
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
-def _drawn(sample: jax.Array, key: jax.Array, k: int, each: int, draws: int) -> jax.Array:
-    sample = jnp.asarray(sample)
-    rounds, s = math.ceil(k / each), len(sample)
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _drawn(
+    sample: jax.Array, key: jax.Array, rounds: jax.Array, most: int, each: int, draws: int
+) -> jax.Array:
+    """(most * each,) int32 rows of the sample, of which the first rounds * each are drawn."""
+    s = len(sample)
     squares = (sample * sample).sum(1)
 
     def one_round(r: jax.Array, state: tuple[jax.Array, jax.Array]):
@@ -260,32 +263,43 @@ def _drawn(sample: jax.Array, key: jax.Array, k: int, each: int, draws: int) -> 
         chosen = jax.lax.dynamic_update_slice(chosen, found[best].astype(jnp.int32), (r * each,))
         return chosen, left[best]
 
-    start = jnp.zeros(rounds * each, jnp.int32), jnp.ones(s, jnp.float32)
-    chosen, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(rounds), one_round, start)
-    return sample[chosen[:k]]
+    start = jnp.zeros(most * each, jnp.int32), jnp.ones(s, jnp.float32)
+    chosen, _ = jax.lax.fori_loop(jnp.int32(0), rounds, one_round, start)
+    return chosen
 
 
 def _mini_batches(rows: _Centred, centres: Floats, stepper: _Stepper, seed: int) -> Floats:
     """Passes over the rows in mini-batches; centres that hold next to nothing are moved."""
-    moved, k = stepper.put(centres), len(centres)
-    counts = stepper.put(np.zeros(k, np.float32))
+    k, moved = len(centres), stepper.put(_filled(centres))
+    counts = stepper.put(np.zeros(len(moved), np.float32))
     for number in range(1, passes_over(len(rows)) + 1):
         for batch in rows.batches(seed, number, BATCH):
             # Half a pass ago the centres were others: what was counted then is forgotten.
             keep = max(0.0, 1 - 2 * len(batch) / len(rows))
             held = stepper.padded(batch)
             moved, counts, squares = stepper.step(moved, counts, held, len(batch), keep)
-        of = np.asarray(counts)
+        of = np.asarray(counts)[:k]
         tiny = np.flatnonzero(of < TINY * of.mean())
         far = np.asarray(squares)[: len(batch)].astype(np.float64)
         tiny = tiny[: int((far > 0).sum())]
         if len(tiny):
             random = np.random.default_rng([seed, number, 1])
             at = random.choice(len(batch), len(tiny), replace=False, p=far / far.sum())
-            fresh, of = np.array(moved), of.copy()
-            fresh[tiny], of[tiny] = batch[at], 0
-            moved, counts = stepper.put(fresh), stepper.put(of)
-    return np.asarray(moved)
+            fresh, fewer = np.array(moved), np.array(counts)
+            fresh[tiny], fewer[tiny] = batch[at], 0
+            moved, counts = stepper.put(fresh), stepper.put(fewer)
+    return np.asarray(moved)[:k]
+
+
+def padded_k(k: int) -> int:
+    """Centres of a compiled program for k: up to an eighth more, so that few k's need their own."""
+    step = 1 << max(0, k.bit_length() - 4)
+    return max(64, -(-k // step) * step)
+
+
+def _filled(centres: Floats) -> Floats:
+    """Zeros below the centres."""
+    return np.pad(centres, ((0, padded_k(len(centres)) - len(centres)), (0, 0)))
 
 
 def passes_over(n: int) -> int:
@@ -295,12 +309,12 @@ def passes_over(n: int) -> int:
 
 def _assigned(
     rows: _Centred, centres: Floats, stepper: _Stepper, sums: bool = False
-) -> tuple[NDArray[np.int32], Floats, Floats | None, NDArray[np.float64]]:
+) -> tuple[NDArray[np.int32], Floats, Floats | None, NDArray[np.int64]]:
     """Labels and squared distances of all rows, and sums (where asked for) and sizes of clusters.
 
     Of what was read before the next is, so that the devices have work and memory stays bounded.
     """
-    on_devices = stepper.put(centres)
+    on_devices = stepper.put(_filled(centres))
     labels, squares = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
     total: tuple[jax.Array, jax.Array] | None = None
     waiting: tuple[int, int, jax.Array, jax.Array] | None = None
@@ -322,15 +336,16 @@ def _assigned(
     if waiting is not None:
         collect(*waiting)
     sizes = np.bincount(labels, minlength=len(centres)).astype(np.int64)
-    return labels, squares, None if total is None else np.asarray(total[0]), sizes
+    return labels, squares, None if total is None else np.asarray(total[0])[: len(centres)], sizes
 
 
 def _lloyd(rows: _Centred, centres: Floats, stepper: _Stepper) -> Floats:
     """Each centre at the mean of its rows; those without any at the rows that lie farthest."""
     _, squares, sums, sizes = _assigned(rows, centres, stepper, sums=True)
     assert sums is not None
-    means = sums / np.maximum(sizes, 1)[:, None].astype(np.float32)
-    means = np.where(sizes[:, None] > 0, means, centres).astype(np.float32)
+    means = np.where(
+        sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None].astype(np.float32), centres
+    ).astype(np.float32, copy=False)
     empty = np.flatnonzero(sizes == 0)
     for cluster, row in zip(empty, np.argsort(-squares, kind="stable")[: len(empty)], strict=True):
         means[cluster] = rows.read(int(row), int(row) + 1)[0]
@@ -344,11 +359,12 @@ class _Stepper:
         devices = mesh.devices.size
         self.rows = math.ceil(BATCH / (BLOCK * devices)) * BLOCK * devices
         self._whole = NamedSharding(mesh, P())
+        self._k = np.int32(k)
         self._nearest = jax.jit(partial(_nearest, mesh))
         # Atomic additions of a GPU's scatter come in any order; a product does not.
         scatter = mesh.devices.flat[0].platform == "cpu"
-        self._sums = jax.jit(partial(_sums, k, scatter))
-        self._step = jax.jit(partial(_step, mesh, k, scatter))
+        self._sums = jax.jit(partial(_sums, padded_k(k), scatter))
+        self._step = jax.jit(partial(_step, mesh, padded_k(k), scatter))
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
     def put(self, array: np.ndarray) -> jax.Array:
@@ -365,7 +381,7 @@ class _Stepper:
 
     def nearest(self, rows: jax.Array, centres: jax.Array) -> Pair:
         """Labels and squared distances; see `_nearest`."""
-        return self._nearest(rows, centres)
+        return self._nearest(rows, centres, self._k)
 
     def sums(self, rows: jax.Array, labels: jax.Array, held: int) -> Pair:
         """Sums and counts of the first `held` rows by label."""
@@ -379,15 +395,15 @@ class _Stepper:
         self, centres: jax.Array, counts: jax.Array, rows: jax.Array, held: int, keep: float
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A mini-batch; see `_step`."""
-        return self._step(centres, counts, rows, np.int32(held), np.float32(keep))
+        return self._step(centres, counts, rows, self._k, np.int32(held), np.float32(keep))
 
 
-def _nearest(mesh: Mesh, rows: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(m,) int32 nearest centre and (m,) float32 squared distance of (m, d) rows, replicated."""
+def _nearest(mesh: Mesh, rows: jax.Array, centres: jax.Array, k: jax.Array) -> Pair:
+    """Of (m, d) rows: (m,) int32 nearest of the first k centres, (m,) float32 squared distance."""
 
-    def share(rows: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
-        half = 0.5 * (centres * centres).sum(1)
+    def share(rows: jax.Array, centres: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         number = jnp.arange(len(centres), dtype=jnp.int32)
+        half = jnp.where(number < k, 0.5 * (centres * centres).sum(1), jnp.inf)
 
         def block(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
             score = half[:, None] - jnp.matmul(centres, rows.T, precision=EXACT)
@@ -400,8 +416,8 @@ def _nearest(mesh: Mesh, rows: jax.Array, centres: jax.Array) -> tuple[jax.Array
         labels, squares = jax.lax.map(block, rows.reshape(-1, BLOCK, rows.shape[1]))
         return labels.reshape(-1), squares.reshape(-1)
 
-    split = jax.shard_map(share, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    labels, squares = split(jax.reshard(rows, P("data")), centres)
+    split = jax.shard_map(share, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data"))
+    labels, squares = split(jax.reshard(rows, P("data")), centres, k)
     return jax.reshard(labels, P()), jnp.maximum(jax.reshard(squares, P()), 0.0)
 
 
@@ -419,23 +435,24 @@ def _sums(
 
 def _step(
     mesh: Mesh,
-    k: int,
+    size: int,
     scatter: bool,
     centres: jax.Array,
     counts: jax.Array,
     rows: jax.Array,
+    k: jax.Array,
     held: jax.Array,
     keep: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A mini-batch: each centre moves to the weighted mean of the rows counted for it.
 
     Args:
-      centres, counts: (k, d) and (k,) float32.
+      centres, counts: (size, d) and (size,) float32, of which the first k are centres.
       rows: (m, d), of which the first `held` count.
       keep: share of the earlier counts that still counts.
     """
-    labels, squares = _nearest(mesh, rows, centres)
-    sums, new = _sums(k, scatter, rows, labels, held)
+    labels, squares = _nearest(mesh, rows, centres, k)
+    sums, new = _sums(size, scatter, rows, labels, held)
     total = keep * counts + new
     moved = centres + (sums - new[:, None] * centres) / jnp.maximum(total, 1.0)[:, None]
     return moved, total, squares
