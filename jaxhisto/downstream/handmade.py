@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 
 def features(images: Pixels) -> NDArray[np.float32]:
-    """(n, S, S, 3) uint8 RGB to (n, 222) float32; S of at least 8."""
+    """(n, S, S, 3) uint8 RGB to (n, 198) float32; S of at least 8."""
     return np.stack([_of_one(image) for image in np.asarray(images)])
 
 
