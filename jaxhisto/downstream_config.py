@@ -136,6 +136,59 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """What frozen features are worth on a task: last-layer training, linear probe, neighbours."""
+
+    features: str = field(metadata=POSITIONAL)
+    """File of `jaxhisto embed` (.h5), or an encoder as `embed` takes it, of which features are
+    computed at `task.side` px and kept nowhere."""
+    out: str
+    """The record to write, JSON; the split lies beside it."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    encoder: str = ""
+    """Encoder that the file of features must be of; another one's is refused."""
+    probes: tuple[Literal["last_layer", "linear", "knn"], ...] = ("last_layer", "linear", "knn")
+    """`last_layer`: a linear layer trained by Adam (paper); `linear`: logistic regression by L-BFGS
+    or ridge regression in closed form; `knn`: nearest neighbours by cosine."""
+    percent: float = within(100.0, 1e-9, 100)
+    """Percent of the training images that are used (paper: 5, 10, 20, 50, 100)."""
+    scarce: Literal["group", "image"] = "group"
+    """Whether few percent are few groups, or few images of each."""
+    repeat: int = within(0, 0, MANY)
+    """Number of the draw of these (paper: 5 repeats)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw, of the layer's initial weights and batches, and of the bootstrap."""
+    epochs: int = within(100, 1, 100000)
+    """Of the last layer (paper: 100); the one with the best validation score is taken."""
+    batch: int = within(128, 1, MANY)
+    """Images in a batch of the last layer (paper: 128)."""
+    rate: float = within(1e-3, 1e-9, 10)
+    """Learning rate of Adam. PyTorch's default; the paper names none."""
+    weight_decay: float | None = within(None, 0, 10)
+    """Of the last layer; none: 1e-5 for ResNet10 and 18, else 1e-4 (paper)."""
+    standardise: bool = True
+    """Give features the training images' mean 0 and deviation 1 first; not for `knn`. Ours."""
+    select: Literal["validation", "groups"] = "validation"
+    """How the strength of `linear` is chosen: on the validation images, or by leaving out groups
+    of training and validation, on both of which the probe is then fitted."""
+    k: int = within(20, 1, MANY)
+    """Neighbours."""
+    tau: float = within(0.07, 1e-6, 1e6)
+    """Temperature of their votes."""
+    draws: int = within(1000, 1, MANY)
+    """Bootstrap draws of the test images, or of their groups, for the intervals."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Of an encoder whose file does not say, as in `embed`."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Likewise."""
+    embed_batch: int = within(64, 1, 4096)
+    """Images that a device takes at a time where features are computed."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to compute features on; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read images; 0: one a core."""
+
+
 class PicturesConfig:
     """Where the pictures behind a file of features are."""
 

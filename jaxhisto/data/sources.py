@@ -196,8 +196,11 @@ class StoreSource:
                 "--data.stores or change --data.exclude."
             )
         self.canvas = (self._store.tile_px, self._store.tile_px)
+        # A store that says no um/px of level 0 was cut there.
         self._spans = {
-            slide["id"]: self._store.tile_px * slide["tile_mpp"] / slide["mpp"]
+            slide["id"]: self._store.tile_px
+            * slide["tile_mpp"]
+            / slide.get("mpp", slide["tile_mpp"])
             for slide in self._store.manifest["slides"]
         }
         self.hash = self._store.hash

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig, TileConfig
 from jaxhisto.data import images
-from jaxhisto.data.named_images import centre_square
 from jaxhisto.data.loader import cores
+from jaxhisto.data.named_images import centre_square
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.data.store import is_store
 from jaxhisto.data.tfds_source import PREFIX
@@ -23,6 +24,8 @@ from jaxhisto.downstream_config import EmbedConfig
 from jaxhisto.errors import ConfigError
 from jaxhisto.slides import reader
 from jaxhisto.slides.slide_source import SlidesSource
+
+T = TypeVar("T")
 
 Block = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -75,22 +78,29 @@ def read_blocks(
         place = tiles.located(i)
         return centre_square(tiles.read(i), side), (place.x, place.y)
 
+    found = in_threads(one, start, stop, rows, threads, ahead)
+    try:
+        for block in found:
+            yield np.stack([image for image, _ in block]), np.array([at for _, at in block])
+    finally:
+        found.close()
+
+
+def in_threads(
+    read: Callable[[int], T], start: int, stop: int, rows: int, threads: int = 0, ahead: int = 2
+) -> Generator[list[T], None, None]:
+    """`read(i)` of start to stop in order, in lists of `rows`, `ahead` of these in advance."""
     pool = ThreadPoolExecutor(threads or cores())
-    waiting: deque[list[Future[tuple[NDArray[np.uint8], tuple[int, int]]]]] = deque()
+    waiting: deque[list[Future[T]]] = deque()
     try:
         for first in range(start, stop, rows):
-            waiting.append([pool.submit(one, i) for i in range(first, min(first + rows, stop))])
+            waiting.append([pool.submit(read, i) for i in range(first, min(first + rows, stop))])
             if len(waiting) > ahead:
-                yield _joined(waiting.popleft())
+                yield [future.result() for future in waiting.popleft()]
         while waiting:
-            yield _joined(waiting.popleft())
+            yield [future.result() for future in waiting.popleft()]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _joined(block: list[Future[tuple[NDArray[np.uint8], tuple[int, int]]]]) -> Block:
-    found = [future.result() for future in block]
-    return np.stack([image for image, _ in found]), np.array([at for _, at in found], np.int64)
 
 
 def _kind(path: str, said: str) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from functools import cache, partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -360,12 +360,8 @@ class _Stepper:
         self.rows = math.ceil(BATCH / (BLOCK * devices)) * BLOCK * devices
         self._whole = NamedSharding(mesh, P())
         self._k = np.int32(k)
-        self._nearest = jax.jit(partial(_nearest, mesh))
-        # Atomic additions of a GPU's scatter come in any order; a product does not.
-        scatter = mesh.devices.flat[0].platform == "cpu"
-        self._sums = jax.jit(partial(_sums, padded_k(k), scatter))
-        self._step = jax.jit(partial(_step, mesh, padded_k(k), scatter))
-        self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+        programs = _programs(mesh, padded_k(k))
+        self._nearest, self._sums, self._step, self._add = programs
 
     def put(self, array: np.ndarray) -> jax.Array:
         """The array on every device."""
@@ -396,6 +392,19 @@ class _Stepper:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A mini-batch; see `_step`."""
         return self._step(centres, counts, rows, self._k, np.int32(held), np.float32(keep))
+
+
+@cache
+def _programs(mesh: Mesh, size: int) -> tuple[Any, Any, Any, Any]:
+    """`_nearest`, `_sums`, `_step` and an addition, compiled once for all k of one padded size."""
+    # Atomic additions of a GPU's scatter come in any order; a product does not.
+    scatter = mesh.devices.flat[0].platform == "cpu"
+    return (
+        jax.jit(partial(_nearest, mesh)),
+        jax.jit(partial(_sums, size, scatter)),
+        jax.jit(partial(_step, mesh, size, scatter)),
+        jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b)),
+    )
 
 
 def _nearest(mesh: Mesh, rows: jax.Array, centres: jax.Array, k: jax.Array) -> Pair:

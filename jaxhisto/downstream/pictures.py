@@ -150,9 +150,9 @@ class Pictures:
             return
         if not partial:
             raise StoreError(
-                f"{features.path}: is of data {features.data_hash[:12]}, and --show.tiles holds "
-                f"data {tiles.hash[:12]} ({len(features):,} rows, {len(tiles):,} tiles); give the tiles "
-                "that were embedded, or --show.partial to draw those whose names are the same."
+                f"{features.path}: is of data {features.data_hash[:12]} ({len(features):,} rows), "
+                f"and --show.tiles holds data {tiles.hash[:12]} ({len(tiles):,} tiles); give the "
+                "tiles that were embedded, or --show.partial to go by their names."
             )
         names: dict[str, int] = {}
         for i in range(len(tiles)):

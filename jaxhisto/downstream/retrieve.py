@@ -111,6 +111,7 @@ def diversity(config: SheetConfig) -> tuple[Path, int, int]:
             config.sources,
             "",
             per_dataset=config.per_dataset,
+            per_slide=0,
             exclude=config.exclude,
             seed=config.seed,
             failures_allowed=config.failures_allowed,

@@ -86,7 +86,8 @@ def bar_length(um_per_px: float, most: float) -> float:
 def draw_bar(pen: Any, x: float, y: float, um_per_px: float, most: float, size: int = 11) -> None:
     """A scale bar with its length, its lower left corner at (x, y): black on a white ground."""
     um = bar_length(um_per_px, most)
-    label = f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} \u00b5m"
+    # "um": Pillow's font has no Greek.
+    label = f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} um"
     long, face = um / um_per_px, font(size)
     wide = max(long, pen.textlength(label, font=face))
     pen.rectangle((x - 4, y - size - 12, x + wide + 4, y + 4), fill=PAPER)
@@ -104,9 +105,9 @@ def fit(text: str, width: float, face: Any) -> str:
     """The text, its beginning left out where it is longer than `width` px."""
     if face.getlength(text) <= width:
         return text
-    while text and face.getlength(f"\u2026{text}") > width:
+    while text and face.getlength(f"...{text}") > width:
         text = text[1:]
-    return f"\u2026{text}"
+    return f"...{text}"
 
 
 def curve(
@@ -163,7 +164,9 @@ def _box(image: Image.Image, pen: Any, box: Box, x: int, y: int, width: int, hei
     pen.text((after, y + 7), fit(box.about, x + width - after - 8, font(13)), QUIET, font=font(13))
     for n, cell in enumerate(box.cells):
         left, top = x + GAP + n * (CELL + GAP), y + 26
-        _tile(image, pen, cell, left, top, bar=n == 0)
+        # One bar serves the tiles after it, as long as they are of its scale.
+        bar = n == 0 or cell.picture.um != box.cells[n - 1].picture.um
+        _tile(image, pen, cell, left, top, bar)
 
 
 def _tile(image: Image.Image, pen: Any, cell: Cell, x: int, y: int, bar: bool) -> None:

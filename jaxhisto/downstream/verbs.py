@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto.console import say, say_next
-from jaxhisto.downstream_config import ClusterConfig, EmbedConfig, RetrieveConfig, SheetConfig
+from jaxhisto.downstream_config import (
+    ClusterConfig,
+    EmbedConfig,
+    ProbeConfig,
+    RetrieveConfig,
+    SheetConfig,
+)
 from jaxhisto.flags import parse
 
 
@@ -20,7 +26,17 @@ def embed(argv: Sequence[str]) -> int:
     say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
     if done.per_slide:
         say(f"{config.per_slide}: {len(done.per_slide):,} slides")
-    say_next(f"jaxhisto probe {quote(str(done.out))} --task.images FOLDER --out PROBE")
+    say_next(f"jaxhisto probe {quote(str(done.out))} --task.data FOLDER --out probe.json")
+    return 0
+
+
+def probe(argv: Sequence[str]) -> int:
+    """what frozen features are worth on a task: last layer, linear probe, neighbours"""
+    config = parse(ProbeConfig, argv, "probe")
+    from jaxhisto.downstream.probe import run_probe
+
+    run_probe(config)
+    say(f"wrote {config.out}")
     return 0
 
 
@@ -63,4 +79,4 @@ def sheet(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, cluster, retrieve, sheet)
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, cluster, retrieve, sheet)
