@@ -189,6 +189,7 @@ class ProbeConfig:
     """Threads that read images; 0: one a core."""
 
 
+@dataclass(frozen=True)
 class PicturesConfig:
     """Where the pictures behind a file of features are."""
 
