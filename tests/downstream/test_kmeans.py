@@ -125,7 +125,7 @@ def test_a_centre_without_rows_is_moved_to_the_farthest():
     rows = km._Centred(km.Held(np.array([[0.0], [1.0], [2.0], [50.0]], "f4")), np.zeros(1, "f4"))
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
-        moved = km._lloyd(rows, np.array([[1.0], [-900.0]], "f4"), km._Stepper(mesh, 2, 1))
+        moved = km._lloyd(rows, np.array([[1.0], [-900.0]], "f4"), km.Stepper(mesh, 2, 1))
     np.testing.assert_allclose(moved, [[13.25], [50.0]])
 
 
