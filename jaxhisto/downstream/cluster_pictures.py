@@ -67,10 +67,15 @@ def cluster_boxes(
         cells = [
             Cell(pictures.read(int(row), CELL), f"d {found.distances[row]:.3g}") for row in rows
         ]
-        size = found.sizes[cluster]
+        size = int(found.sizes[cluster])
         share = size / len(found.labels)
         boxes.append(
-            Box(f"cluster {cluster}", f"{size:,} tiles, {share:.1%}", palette[cluster], cells)
+            Box(
+                f"cluster {cluster}",
+                f"{size:,} tile{'s' * (size > 1)}, {share:.1%}",
+                palette[cluster],
+                cells,
+            )
         )
     return boxes
 

@@ -56,7 +56,8 @@ def sheet(
     count = max((len(box.cells) for box in boxes), default=1)
     width = count * (CELL + GAP) - GAP + 2 * GAP
     captions = any(cell.text for box in boxes for cell in box.cells)
-    height = 24 + CELL + (18 if captions else 0) + 2 * GAP
+    titled = any(box.title for box in boxes)
+    height = (24 if titled else 0) + CELL + (18 if captions else 0) + 2 * GAP
     across = across or max(1, min(len(boxes), (WIDTH - 2 * MARGIN) // (width + MARGIN)))
     down = math.ceil(len(boxes) / across)
     lines = [part for line in lines for part in _wrapped(line, across * (width + MARGIN))]
@@ -156,14 +157,17 @@ def _box(image: Image.Image, pen: Any, box: Box, x: int, y: int, width: int, hei
     pen.rounded_rectangle(
         (x, y, x + width, y + height), radius=6, outline=box.colour, width=3, fill=PAPER
     )
-    bold = font(15)
-    title = fit(box.title, width - 24, bold)
-    pen.rectangle((x + GAP + 2, y + 8, x + GAP + 14, y + 20), fill=box.colour)
-    pen.text((x + GAP + 20, y + 5), title, INK, font=bold)
-    after = x + GAP + 28 + bold.getlength(title)
-    pen.text((after, y + 7), fit(box.about, x + width - after - 8, font(13)), QUIET, font=font(13))
+    if box.title:
+        bold = font(15)
+        title = fit(box.title, width - 24, bold)
+        pen.rectangle((x + GAP + 2, y + 8, x + GAP + 14, y + 20), fill=box.colour)
+        pen.text((x + GAP + 20, y + 5), title, INK, font=bold)
+        after = x + GAP + 28 + bold.getlength(title)
+        pen.text(
+            (after, y + 7), fit(box.about, x + width - after - 8, font(13)), QUIET, font=font(13)
+        )
     for n, cell in enumerate(box.cells):
-        left, top = x + GAP + n * (CELL + GAP), y + 26
+        left, top = x + GAP + n * (CELL + GAP), y + (26 if box.title else GAP)
         # One bar serves the tiles after it, as long as they are of its scale.
         bar = n == 0 or cell.picture.um != box.cells[n - 1].picture.um
         _tile(image, pen, cell, left, top, bar)

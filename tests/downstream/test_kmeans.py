@@ -137,6 +137,15 @@ def test_the_elbow_of_planted_clusters_is_their_number(groups):
     assert km.elbow(ks, explained) == groups
 
 
+def test_a_centre_that_is_nearest_to_nothing_is_moved_among_the_rows(mixture):
+    known, mesh = km.moments(km.Held(mixture)), make_mesh(1)
+    rows = km._Centred(km.Held(mixture), known.mean.astype(np.float32))
+    start = np.vstack([rows.read(0, 7), np.full((1, 32), 1e4, np.float32)])
+    with jax.set_mesh(mesh):
+        centres = km._mini_batches(rows, start, km.Stepper(mesh, 8, 32), 0)
+    assert np.abs(centres).max() <= np.abs(rows.read(0, len(rows))).max()
+
+
 def test_the_elbow_is_the_point_farthest_above_the_chord():
     ks = np.array([10, 20, 40, 50])
     # x: 0 1/4 3/4 1; scaled y: 0 0.5 0.9 1; above the chord: 0 0.25 0.15 0.
