@@ -62,7 +62,8 @@ class EmbedConfig:
     max_side: int = within(512, 32, 8192)
     """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
     failures_allowed: int = within(0, 0, MANY)
-    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    """Images (no store's tiles) or slides that may be unreadable; they are dropped, counted and
+    listed."""
     cut: CutConfig = field(default_factory=CutConfig)
     batch: int = within(64, 1, 4096)
     """Tiles that a device takes at a time; the numbers are the same on any number of devices."""

@@ -289,6 +289,21 @@ def test_a_whole_slide_is_cut_where_it_is_tissue(place, jaxhisto, tmp_path):
     said = refusal(jaxhisto(*line[:3], cut, "--out", tmp_path / "g.h5"), 2)
     assert "embed them into two files" in said
 
+    # One that is all glass, and one without a pixel size, beside it.
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "one.tif").write_bytes(slide.read_bytes())
+    glass = np.full((96, 96, 3), 242, np.uint8)
+    tifffile.imwrite(tmp_path / "slides" / "none.tif", glass, photometric="rgb", metadata=None)
+    line = (*line[:2], tmp_path / "slides", *line[3:], "--kind", "slides", "--cut.close-um", 0)
+    line = ("--force", *line[1:])
+    said = refusal(jaxhisto("embed", *line))
+    assert "none.tif: " in said
+    assert said.endswith("pass --failures-allowed 1 to go on without")
+    code, said, _ = jaxhisto("embed", *line, "--failures-allowed", 1)
+    assert code == 0
+    assert "dropped none.tif" in said
+    assert held(out)["coords"].tolist() == corners
+
 
 @pytest.mark.parametrize(
     ("name", "said"),
