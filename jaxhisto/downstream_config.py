@@ -123,6 +123,9 @@ class TaskConfig:
     `bach_segmentation` 0 means 1024 (paper)."""
     windows: Literal["all", "annotated"] = "all"
     """Of `bach_segmentation`: all windows, or those that an annotation touches."""
+    split_by: Literal["group", "image"] = "group"
+    """`group`: no group is divided, where the images have any; `image`: groups are ignored (paper),
+    so that images of one patient may be on both sides. A set's own split stays as it is."""
     side: int = within(224, 8, 8192)
     """Side to which an image's centre square is resized, px."""
     test: tuple[str, ...] = ()

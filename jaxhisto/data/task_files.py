@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled
 from jaxhisto.data.masks import MaskFiles, image_size
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.data.tasks import Task
+from jaxhisto.data.windows import WindowedImages, WindowedMasks, grid
 from jaxhisto.downstream_config import TaskConfig
 from jaxhisto.errors import ConfigError, StoreError
 
@@ -64,16 +66,21 @@ def pattern_groups(names: Sequence[str], pattern: str) -> tuple[str, ...] | None
     return tuple(match[1] for match in found if match)
 
 
-def labelled_task(name: str, found: Labelled, pattern: str = "") -> Task:
-    """A set with classes as a task."""
+def labelled_task(
+    name: str,
+    found: Labelled,
+    groups: tuple[str, ...] | None = None,
+    notes: Sequence[str] = (),
+) -> Task:
+    """A set with classes as a task; `groups` where the set names none itself."""
     return Task(
         name,
         "classification",
         NamedImages(found.folder, found.names),
         found.labels,
         found.classes,
-        found.groups or pattern_groups(found.names, pattern),
-        notes=tuple(line.strip() for line in found.summary().split("\n")[1:]),
+        found.groups or groups,
+        notes=(*notes, *(line.strip() for line in found.summary().split("\n")[1:])),
     )
 
 
@@ -109,7 +116,7 @@ def _classification(config: TaskConfig) -> Task:
         file=config.file,
         classes=config.classes,
     )
-    return labelled_task(_name(config), found, config.group_pattern)
+    return labelled_task(_name(config), found, pattern_groups(found.names, config.group_pattern))
 
 
 def _regression(config: TaskConfig) -> Task:
@@ -178,7 +185,8 @@ def _segmentation(config: TaskConfig) -> Task:
             f"--classes names {len(classes)}; masks need a name for each id, two for instances."
         )
     files = MaskFiles(tuple(masks / found[_stem(n)] for n in names), len(classes), instances)
-    pixels = files.check([image_size(folder / n) for n in names])
+    sizes = [image_size(folder / n) for n in names]
+    pixels = files.check(sizes)
     shares = ", ".join(
         f"{c} {p / pixels.sum():.1%}" for c, p in zip(classes, pixels.tolist(), strict=True)
     )
@@ -187,7 +195,7 @@ def _segmentation(config: TaskConfig) -> Task:
             f"{masks}: all pixels are {classes[int(pixels.argmax())]}; check the masks, and which "
             "ids they hold."
         )
-    return Task(
+    task = Task(
         _name(config),
         "segmentation",
         NamedImages(folder, tuple(names)),
@@ -195,6 +203,21 @@ def _segmentation(config: TaskConfig) -> Task:
         tuple(classes),
         groups,
         notes=(f"pixels: {shares}", *notes),
+    )
+    return windowed(task, sizes, config.window) if config.window else task
+
+
+def windowed(task: Task, sizes: Sequence[tuple[int, int]], side: int) -> Task:
+    """A segmentation task in windows; without groups an image is one, so that none is torn."""
+    windows, lost = grid(task.names, sizes, side)
+    groups = dict(zip(task.names, task.groups or task.names, strict=True))
+    return replace(
+        task,
+        images=WindowedImages(task.images, windows, side),
+        targets=WindowedMasks(task.masks, task.names, windows, side),
+        groups=tuple(groups[w.source] for w in windows),
+        windows=windows,
+        notes=(*task.notes, f"{lost:.1%} of the pixels, at edges, in no window"),
     )
 
 
