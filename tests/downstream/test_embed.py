@@ -192,6 +192,7 @@ def test_an_interrupted_line_goes_on_on_other_devices(place, jaxhisto, tmp_path,
     assert code == 0
     assert "4 of 11 rows are there, going on" in said
     assert "11 x 512 features, 4 of them from an earlier start" in said
+    assert said.splitlines()[-1] == f"next: jaxhisto cluster {out} --out CLUSTERS"
     assert same(out, place / "store.h5")
     assert not partial.exists()
 
