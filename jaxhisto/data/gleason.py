@@ -59,7 +59,7 @@ def gleason2019(config: TaskConfig) -> Task:
     unknown = [c for c in wanted if c not in GRADES or GRADES.index(c) not in found]
     if unknown:
         here = few([GRADES[g] for g in found])
-        raise ConfigError(f"--classes {unknown[0]}: no core of that class; there is {here}.")
+        raise ConfigError(f"--task.classes {unknown[0]}: no core of that class; there is {here}.")
     if len(wanted) < 2:
         raise StoreError(f"{root}: all cores are {wanted[0]}; unpack all of the set.")
     kept = [(n, wanted.index(GRADES[g])) for n, g in zip(names, grades, strict=True)

@@ -53,8 +53,8 @@ class MaskFiles:
             more = f" and {len(wrong) - 1:,} other ids" if len(wrong) > 1 else ""
             raise StoreError(
                 f"{path}: has class id {wrong[0]}{more}, but there are {self.classes} classes "
-                f"(0 to {self.classes - 1}); name all classes, or pass --masks-are instances if "
-                "each object has a number of its own."
+                f"(0 to {self.classes - 1}); name all classes, or pass "
+                "--task.masks-are instances if each object has a number of its own."
             )
         return ids.astype(np.uint8)
 

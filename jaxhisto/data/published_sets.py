@@ -2,7 +2,7 @@
 
 Each reader takes the folder that the archive was unpacked to, or one above it, and says what is
 there less than was published. Where the names of images tell patient or slide, that is the group,
-so that splits keep it whole; the paper divided by image (`--split-by image`).
+so that splits keep it whole; the paper divided by image (`--task.split-by image`).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def find_folder(data: str, name: str, holds: Sequence[str]) -> Path:
     called = f"no folder {name} with" if name else "no folder with"
     raise StoreError(
         f"{top}: {called} {', '.join(holds)} in it, up to {DEEPEST} folders deep; unpack the "
-        "archive as it is published, or choose another --layout."
+        "archive as it is published, or choose another --task.layout."
     )
 
 

@@ -36,7 +36,9 @@ def task_split(task: Task, config: TaskConfig) -> Split:
     """
     if config.split:
         if config.test:
-            raise ConfigError("--split and --test both say what is tested on; name one of them.")
+            raise ConfigError(
+                "--task.split and --task.test both say what is tested on; name one of them."
+            )
         return read_split(config.split, task)
     if task.fixed is not None and not config.test:
         return task.fixed
@@ -81,7 +83,7 @@ def make_split(
         if test:
             raise StoreError(
                 f"{task.name}: test groups {few(test)} are named, but images have no group; name "
-                "--group or --group-pattern."
+                "--task.group or --task.group-pattern."
             )
         parts = by_image(task, labels, everything, whole, seed)
     else:
@@ -118,8 +120,8 @@ def checked_split(
             if absent:
                 raise StoreError(
                     f"{task.name}: the {part} part has no image of {few(absent)}; divide it "
-                    "otherwise (another --split-seed or --test), add images, or leave the class "
-                    "out with --classes."
+                    "otherwise (another --task.split-seed or --task.test), add images, or leave "
+                    "the class out with --task.classes."
                 )
     _refuse_torn(task, rows, validation_by_image)
     return Split(
@@ -282,7 +284,8 @@ def _by_group(
     unknown = [g for g in test if g not in counts]
     if unknown:
         raise StoreError(
-            f"{task.name}: no group {few(unknown)}; there is {few(sorted(counts))}; mend --test."
+            f"{task.name}: no group {few(unknown)}; there is {few(sorted(counts))}; mend "
+            "--task.test."
         )
     wanted = {"train": shares[0], "validation": shares[1], "test": shares[2]}
     if validation_by_image:
@@ -295,7 +298,7 @@ def _by_group(
         remedy = (
             "divide it by image"
             if validation_by_image
-            else "pass --validation-by-image, which keeps the test clean"
+            else "pass --task.validation-by-image, which keeps the test clean"
         )
         raise StoreError(
             f"{task.name}: {len(free)} groups{also} cannot make {len(wanted)} parts "

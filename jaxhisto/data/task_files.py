@@ -31,11 +31,15 @@ def open_files(config: TaskConfig) -> Task:
     """
     named = [f for f in ("masks", "target", "label") if getattr(config, f)]
     if len(named) > 1:
-        raise ConfigError(f"--{named[0]} and --{named[1]} are two tasks; name one of them.")
+        raise ConfigError(
+            f"--task.{named[0]} and --task.{named[1]} are two tasks; name one of them."
+        )
     if config.group and config.group_pattern:
-        raise ConfigError("--group and --group-pattern both say what a group is; name one.")
+        raise ConfigError(
+            "--task.group and --task.group-pattern both say what a group is; name one."
+        )
     if config.window and not config.masks:
-        raise ConfigError("--window cuts images with masks; drop it, or name --masks.")
+        raise ConfigError("--task.window cuts images with masks; drop it, or name --task.masks.")
     if config.masks:
         return _segmentation(config)
     return _regression(config) if config.target else _classification(config)
@@ -53,14 +57,14 @@ def pattern_groups(names: Sequence[str], pattern: str) -> tuple[str, ...] | None
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"--group-pattern {pattern!r}: {error}; mend it.") from error
+        raise ConfigError(f"--task.group-pattern {pattern!r}: {error}; mend it.") from error
     if not expression.groups:
-        raise ConfigError(f"--group-pattern {pattern!r}: put ( ) around what names the group.")
+        raise ConfigError(f"--task.group-pattern {pattern!r}: put ( ) around what names the group.")
     found = [expression.search(name) for name in names]
     missed = [n for n, match in zip(names, found, strict=True) if not match or not match[1]]
     if missed:
         raise StoreError(
-            f"--group-pattern {pattern!r}: gives no group of {len(missed):,} images "
+            f"--task.group-pattern {pattern!r}: gives no group of {len(missed):,} images "
             f"({few(missed)}); make it match every name."
         )
     return tuple(match[1] for match in found if match)
@@ -121,9 +125,13 @@ def _classification(config: TaskConfig) -> Task:
 
 def _regression(config: TaskConfig) -> Task:
     if not config.labels:
-        raise ConfigError(f"--target {config.target} is a column; name its CSV file by --labels.")
+        raise ConfigError(
+            f"--task.target {config.target} is a column; name its CSV file by --task.labels."
+        )
     if config.classes:
-        raise ConfigError("--classes belongs to labels and masks; drop it for a regression task.")
+        raise ConfigError(
+            "--task.classes belongs to labels and masks; drop it for a regression task."
+        )
     folder, table = _folder(config.data), Path(config.labels).expanduser()
     there = image_names(folder)
     rows = label_rows(table, folder, config.file, config.target, config.group)
@@ -168,7 +176,9 @@ def _segmentation(config: TaskConfig) -> Task:
     groups = pattern_groups(names, config.group_pattern)
     if config.group:
         if not config.labels:
-            raise ConfigError(f"--group {config.group} is a column; name its CSV file by --labels.")
+            raise ConfigError(
+                f"--task.group {config.group} is a column; name its CSV file by --task.labels."
+            )
         table = Path(config.labels).expanduser()
         rows = label_rows(table, folder, config.file, config.group, config.group)
         none = [n for n in names if not rows.get(n, ("", ""))[1]]
@@ -182,7 +192,8 @@ def _segmentation(config: TaskConfig) -> Task:
     classes = config.classes or FOREGROUND
     if len(classes) < 2 or (instances and len(classes) != 2) or len(classes) > 256:
         raise ConfigError(
-            f"--classes names {len(classes)}; masks need a name for each id, two for instances."
+            f"--task.classes names {len(classes)}; masks need a name for each id, two for "
+            "instances."
         )
     files = MaskFiles(tuple(masks / found[_stem(n)] for n in names), len(classes), instances)
     sizes = [image_size(folder / n) for n in names]

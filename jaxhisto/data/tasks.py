@@ -186,7 +186,7 @@ def open_task(config: TaskConfig) -> Task:
       StoreError: what they name is not there, or not as it should be.
     """
     if not config.data:
-        raise StoreError("no images are named; pass the folder of the task with --data.")
+        raise StoreError("no images are named; pass the folder of the task with --task.data.")
     if config.layout == "auto":
         from jaxhisto.data.task_files import open_files  # the readers build on this module
 
@@ -197,7 +197,7 @@ def open_task(config: TaskConfig) -> Task:
         for name in OWN_FILES:
             if getattr(config, name):
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} is for files of one's own; drop it, "
+                    f"--task.{name.replace('_', '-')} is for files of one's own; drop it, "
                     f"{config.layout} has a form of its own."
                 )
         task = READERS[config.layout](config)

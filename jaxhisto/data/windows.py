@@ -36,7 +36,7 @@ def grid(
     if small:
         raise StoreError(
             f"{small[0]}: is smaller than a window of {side} px ({len(small):,} images are); pass "
-            "a smaller --window."
+            "a smaller --task.window."
         )
     windows = tuple(
         Window(name, y, x)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from jaxhisto.data.tasks import Task
+from jaxhisto.data.tasks import Task, open_task
+from jaxhisto.downstream_config import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def shuffled(task: Task, seed: int = 1) -> Task:
         None if task.groups is None else [task.groups[i] for i in order],
         [task.names[i] for i in order],
     )
+
+
+def opened(layout: str, folder: Path, **options) -> Task:
+    """The task of a published layout below a folder."""
+    return open_task(TaskConfig(layout=layout, data=str(folder), **options))
 
 
 def named(task: Task, rows: np.ndarray) -> set[str]:

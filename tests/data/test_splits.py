@@ -180,7 +180,7 @@ def test_files_come_back_from_any_order(grouped, tmp_path):
     assert content["seed"] == 5
     assert content["test"] == sorted(named(grouped, split.test))
     assert task_split(other, TaskConfig(split=str(path))).sha256 == split.sha256
-    with pytest.raises(ConfigError, match="--split and --test both"):
+    with pytest.raises(ConfigError, match=r"--task\.split and --task\.test both"):
         task_split(other, TaskConfig(split=str(path), test=("p01",)))
 
 

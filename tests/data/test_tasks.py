@@ -169,7 +169,9 @@ def test_numbered_instances_become_foreground(tmp_path):
     config = {"data": str(images), "masks": str(masks)}
     task = open_task(TaskConfig(**config, masks_are="instances"))
     np.testing.assert_array_equal(task.masks.read(0), ids > 0)
-    with pytest.raises(StoreError, match=r"class id 300 and 10 other ids, .*--masks-are instances"):
+    with pytest.raises(
+        StoreError, match=r"class id 300 and 10 other ids, .*--task.masks-are instances"
+    ):
         open_task(TaskConfig(**config))
 
 
@@ -184,6 +186,9 @@ def test_windows_of_images_and_masks(pair):
     assert task.names[3] == "0.png y6 x6"
     np.testing.assert_array_equal(task.images.read(3), noise(12, 16, 0)[6:12, 6:12])
     np.testing.assert_array_equal(task.masks.read(14), (noise(12, 16, 12)[..., 0] % 3)[6:12, :6])
+    rows = [(5 * i) % 16 for i in range(16)]
+    cuts = [noise(12, 16, i // 4)[6 * (i // 2 % 2) :, 6 * (i % 2) :][:6, :6] for i in rows]
+    np.testing.assert_array_equal(task.load(rows, 6, threads=4), cuts)
     assert "25.0% of the pixels, at edges, in no window" in task.summary()[-1]
     assert "16 images cut from 4 images" in task.summary()[0]
     split = make_split(task, 0)
@@ -262,15 +267,23 @@ def test_masks_and_images_without_the_other_are_listed(pair):
         ({"data": "nowhere"}, StoreError, "nowhere: does not exist"),
         ({"data": "{empty}"}, StoreError, "no images .* in here"),
         ({"data": "{images}", "label": "x", "target": "y"}, ConfigError, "two tasks; name one"),
-        ({"data": "{images}", "target": "y"}, ConfigError, "name its CSV file by --labels"),
-        ({"data": "{images}", "group_pattern": "(x"}, ConfigError, "--group-pattern '.x': .*mend"),
+        ({"data": "{images}", "target": "y"}, ConfigError, "name its CSV file by --task.labels"),
+        (
+            {"data": "{images}", "group_pattern": "(x"},
+            ConfigError,
+            "--task.group-pattern '.x': .*mend",
+        ),
         ({"data": "{images}", "group_pattern": "x"}, ConfigError, r"put \( \) around"),
         ({"data": "{images}", "group_pattern": "a/(.)"}, StoreError, r"no group of 8 images \(b/0"),
         ({"data": "{images}", "group": "p", "group_pattern": "(.)"}, ConfigError, "both say what"),
-        ({"data": "{images}", "window": 8}, ConfigError, "--window cuts images with masks"),
+        ({"data": "{images}", "window": 8}, ConfigError, "--task.window cuts images with masks"),
         ({"data": "{images}/a"}, StoreError, "no image has a label|all 4 images"),
         ({"data": "{images}", "masks": "{images}", "classes": ("one",)}, ConfigError, "names 1;"),
-        ({"data": "{images}", "layout": "bach", "label": "x"}, ConfigError, "--label is for files"),
+        (
+            {"data": "{images}", "layout": "bach", "label": "x"},
+            ConfigError,
+            "--task.label is for files",
+        ),
     ],
 )
 def test_settings_that_are_refused(folder, tmp_path, options, error, match):
