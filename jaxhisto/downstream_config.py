@@ -62,7 +62,8 @@ class EmbedConfig:
     max_side: int = within(512, 32, 8192)
     """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
     failures_allowed: int = within(0, 0, MANY)
-    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    """Images (no store's tiles) or slides that may be unreadable; they are dropped, counted and
+    listed."""
     cut: CutConfig = field(default_factory=CutConfig)
     batch: int = within(64, 1, 4096)
     """Tiles that a device takes at a time; the numbers are the same on any number of devices."""
@@ -122,6 +123,9 @@ class TaskConfig:
     `bach_segmentation` 0 means 1024 (paper)."""
     windows: Literal["all", "annotated"] = "all"
     """Of `bach_segmentation`: all windows, or those that an annotation touches."""
+    split_by: Literal["group", "image"] = "group"
+    """`group`: no group is divided, where the images have any; `image`: groups are ignored (paper),
+    so that images of one patient may be on both sides. A set's own split stays as it is."""
     side: int = within(224, 8, 8192)
     """Side to which an image's centre square is resized, px."""
     test: tuple[str, ...] = ()

@@ -196,11 +196,12 @@ class StoreSource:
                 "--data.stores or change --data.exclude."
             )
         self.canvas = (self._store.tile_px, self._store.tile_px)
-        # A store that says no um/px of level 0 was cut there.
+        # A store that says no um/px of level 0 was cut there. Rounded: a ratio of two nearly equal
+        # figures, times 224 px, need not be 224.
         self._spans = {
-            slide["id"]: self._store.tile_px
-            * slide["tile_mpp"]
-            / slide.get("mpp", slide["tile_mpp"])
+            slide["id"]: round(
+                self._store.tile_px * slide["tile_mpp"] / slide.get("mpp", slide["tile_mpp"]), 6
+            )
             for slide in self._store.manifest["slides"]
         }
         self.hash = self._store.hash

@@ -30,13 +30,14 @@ IN_FLIGHT = 2  # blocks on the devices at a time: one computes while the next on
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` left behind: the file, its rows and width, rows of an earlier start, files of
-    single slides."""
+    """What `embed` left behind: the file, its rows and width, rows of an earlier start, whether
+    they are of slides, files of single slides."""
 
     out: Path
     rows: int
     width: int
     earlier: int
+    of_slides: bool
     per_slide: tuple[Path, ...] = ()
 
 
@@ -65,6 +66,8 @@ def embed(config: EmbedConfig) -> Embedded:
     earlier = len(tiles)
     if out.exists():
         _refuse_other(out, identity, len(tiles))
+        # A kill after the file had got its name left the rows.
+        shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
     else:
         attributes = {
             **identity,
@@ -86,7 +89,8 @@ def embed(config: EmbedConfig) -> Embedded:
     if config.per_slide:
         with Features(out) as found:
             files = write_per_slide(found, config.per_slide)
-    return Embedded(out, len(tiles), width, earlier, tuple(files))
+    of_slides = bool(tiles.located(0, (0, 0)).slide)
+    return Embedded(out, len(tiles), width, earlier, of_slides, tuple(files))
 
 
 def identity_of(config: EmbedConfig, encoder: Encoder, tiles: Tiles, side: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ STRENGTHS = tuple(10.0**k for k in range(-6, 3))
 """Of the mean loss, from hardly any shrinking to all but all of it. For n rows scikit-learn's C is
 1 / (n strength), and Ridge's alpha n strength."""
 
-TOLERANCE, MOST_STEPS = 1e-6, 1000
+TOLERANCE, MOST_STEPS = 1e-7, 1000
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def logistic_path(
             slope = np.concatenate([x.T @ residual + strength * w[:-1], residual.sum(0)[None]])
             return loss + strength / 2 * (w[:-1] ** 2).sum(), slope.ravel()
 
-        options = {"maxiter": MOST_STEPS, "gtol": TOLERANCE, "ftol": 1e-14}
+        options = {"maxiter": MOST_STEPS, "gtol": TOLERANCE, "ftol": 1e-15}
         found = minimize(cost, start[:, present].ravel(), jac=True, method="L-BFGS-B",
                          options=options)  # fmt: skip
         start[:, present] = found.x.reshape(width + 1, -1)

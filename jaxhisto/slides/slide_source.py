@@ -48,10 +48,12 @@ class SlidesSource:
     Within a slide in the order of the grid, or as drawn where `max_tiles` says how many. Safe to
     use from several threads, each of which opens slides for itself.
 
-    Attributes: as `data.sources.Source` has them.
+    Attributes: as `data.sources.Source` has them; `dropped` holds slides that were left out, and
+    how many cells of others.
 
     Raises:
-      SlideError: no slide, one that cannot be read or has no pixel size, or no foreground in one.
+      SlideError: no slide, or more than `failures_allowed` that cannot be read, have no pixel size
+        or no foreground.
     """
 
     def __init__(self, config: TileConfig, threads: int = 0) -> None:
@@ -59,7 +61,16 @@ class SlidesSource:
         self.path = Path(config.slides[0])
         self._tile_px = config.tile_px
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            self._slides = list(pool.map(choose, jobs))
+            found = list(pool.map(_chosen_or_error, jobs))
+        failed = [error for error in found if isinstance(error, SlideError)]
+        self._slides = [chosen for chosen in found if isinstance(chosen, Chosen)]
+        if failed and (len(failed) > config.failures_allowed or not self._slides):
+            more = f" ({len(failed)} of {len(jobs)} slides cannot be used)" if failed[1:] else ""
+            raise SlideError(
+                f"{failed[0]}{more}; pass --failures-allowed {len(failed)} to go on without"
+                if self._slides
+                else f"{failed[0]}{more}"
+            )
         self._ends = np.cumsum([len(chosen.corners) for chosen in self._slides])
         self._open = threading.local()
         self.canvas = (config.tile_px, config.tile_px)
@@ -68,6 +79,11 @@ class SlidesSource:
             (chosen.job.id, f"{chosen.lost} cells cannot be read")
             for chosen in self._slides
             if chosen.lost
+        ]
+        self.dropped += [
+            (job.id, str(error))
+            for job, error in zip(jobs, found, strict=True)
+            if isinstance(error, SlideError)
         ]
         content = [
             [c.job.id, c.sha256, c.scale.mpp, config.tile_px, c.corners.tolist()]
@@ -100,7 +116,9 @@ class SlidesSource:
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
         chosen, row = self._find(i)
         x, y = chosen.corners[row].tolist()
-        return Place(f"{chosen.job.id}@{y},{x}", chosen.job.id, x, y, float(chosen.scale.side))
+        return Place(
+            f"{chosen.job.id}@{y},{x}", chosen.job.id, x, y, round(float(chosen.scale.side), 6)
+        )
 
     def mpp_range(self) -> tuple[float, float] | None:
         sizes = [chosen.scale.mpp for chosen in self._slides]
@@ -125,6 +143,16 @@ class SlidesSource:
                 held[1].__exit__(None, None, None)
             self._open.held = held = (chosen.job.id, Slide(chosen.job.path, chosen.job.given))
         return held[1]
+
+
+def _chosen_or_error(job: Job) -> Chosen | SlideError:
+    try:
+        return choose(job)
+    except SlideError as error:
+        text = str(error)
+        for flag in ("mpp", "tile-mpp"):  # as the verb here has them
+            text = text.replace(f"--{flag} ", f"--cut.{flag} ")
+        return SlideError(text)
 
 
 def choose(job: Job) -> Chosen:
