@@ -3,5 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from shlex import quote
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = ()
+from jaxhisto.console import say, say_next
+from jaxhisto.downstream_config import (
+    ClusterConfig,
+    EmbedConfig,
+    ProbeConfig,
+    RetrieveConfig,
+    SheetConfig,
+)
+from jaxhisto.flags import parse
+
+
+def embed(argv: Sequence[str]) -> int:
+    """tiles, images or whole slides -> their features in an HDF5 file"""
+    config = parse(EmbedConfig, argv, "embed")
+    from jaxhisto.downstream.embed import embed as run
+
+    done = run(config)
+    kept = f", {done.earlier:,} of them from an earlier start" if done.earlier else ""
+    say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
+    if done.per_slide:
+        say(f"{config.per_slide}: {len(done.per_slide):,} slides")
+    out = quote(str(done.out))
+    if done.of_slides:
+        say_next(f"jaxhisto cluster {out} --out CLUSTERS")
+    else:
+        say_next(f"jaxhisto probe {out} --task.data FOLDER --out probe.json")
+    return 0
+
+
+def probe(argv: Sequence[str]) -> int:
+    """what frozen features are worth on a task: last layer, linear probe, neighbours"""
+    config = parse(ProbeConfig, argv, "probe")
+    from jaxhisto.downstream.probe import run_probe
+
+    run_probe(config)
+    say(f"wrote {config.out}")
+    return 0
+
+
+def cluster(argv: Sequence[str]) -> int:
+    """features -> clusters: their number by elbow, sheets, painted slides, tiles picked"""
+    config = parse(ClusterConfig, argv, "cluster")
+    from jaxhisto.downstream.clusters import cluster as run
+
+    done = run(config)
+    for line in done.lines:
+        say(line)
+    if done.picked is not None:
+        stores = " ".join(map(quote, config.show.tiles))
+        picked = quote(str(done.picked))
+        say_next(f"jaxhisto pretrain --data.manifest {picked} --data.stores {stores} --out RUN")
+    else:
+        shown = f" --show.tiles {' '.join(map(quote, config.show.tiles))}" * bool(config.show.tiles)
+        out = f"--query NAME{shown} --out NEAREST.png"
+        say_next(f"jaxhisto retrieve {quote(config.features)} {out}")
+    return 0
+
+
+def retrieve(argv: Sequence[str]) -> int:
+    """the tiles that are most like a tile, as a sheet"""
+    config = parse(RetrieveConfig, argv, "retrieve")
+    from jaxhisto.downstream.retrieve import retrieve as run
+
+    out = run(config)
+    say(f"{out}, {out.with_suffix('.csv').name}: {len(config.query)} queries")
+    return 0
+
+
+def sheet(argv: Sequence[str]) -> int:
+    """tiles of many datasets on one sheet: how diverse is what you train on?"""
+    config = parse(SheetConfig, argv, "sheet")
+    from jaxhisto.downstream.retrieve import diversity
+
+    out, tiles, datasets = diversity(config)
+    say(f"{out}: {tiles:,} tiles of {datasets} datasets")
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, cluster, retrieve, sheet)

@@ -213,7 +213,7 @@ def _tiles(
             draw.rejected[error.reason] += 1
             draw.lost.append((x, y))
             continue
-        if unsure[cell] and (reason := _own_reason(rgb, scale.mpp, config)):
+        if unsure[cell] and (reason := own_reason(rgb, scale.mpp, config)):
             draw.rejected[reason] += 1
             continue
         draw.kept.append((x, y))
@@ -231,7 +231,7 @@ def _picture(slide: Slide, view: Overview) -> Pixels:
     return fitted(rgb, PICTURE_PX)
 
 
-def _own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
+def own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
     """Why a tile seen alone, at the mask's pixel size, is not kept; empty where it is."""
     factor = max(1.0, MASK_MPP / mpp)
     small = _small(rgb, max(1, round(rgb.shape[0] / factor)))
