@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from jaxhisto import __version__
 from jaxhisto.console import say, warn
-from jaxhisto.data.features import PARTIAL, Features, FeatureWriter, write_per_slide
+from jaxhisto.data.features import PARTIAL, Features, FeatureWriter
+from jaxhisto.data.per_slide import write_per_slide
 from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.downstream.encoders import Encoder, encoder_of, make_features
