@@ -87,23 +87,14 @@ class Listed:
         return source.name(row)
 
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.located(row, at)
-
-    def listed(self, i: int) -> tuple[Source, int]:
-        """The source that tile i is from, and its row there."""
-        return self._find(i)
 
     def first_cells(self) -> list[int]:
         """Of each tile of the list its position here; of an image in cells, its first one's."""
-        places = _places(self._sources)
+        places = _places(self.sources)
         counts = [len(places[_key(entry, row)]) for entry, row in self._list.tiles()]
         return [0, *np.cumsum(counts[:-1]).tolist()]
-
-    @property
-    def behind(self) -> list[Source]:
-        """The sources that hold the list's tiles."""
-        return list(self._sources)
 
     def mpp_range(self) -> tuple[float, float] | None:
         known = {entry.mpp for entry in self._list.entries if entry.mpp is not None}

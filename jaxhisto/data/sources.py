@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,11 +122,15 @@ class Tiles:
     def origin(self, i: int) -> tuple[Source, int]:
         """The store, folder or file that tile i is from, and its row there."""
         source, row = self._find(i)
-        return source.listed(row) if hasattr(source, "listed") else (source, row)
+        return source.at(row) if isinstance(source, Chosen) else (source, row)
 
     def origins(self) -> list[Source]:
         """All stores, folders and files, those behind a manifest too."""
-        return [one for source in self.sources for one in getattr(source, "behind", [source])]
+        return [
+            one
+            for source in self.sources
+            for one in (source.sources if isinstance(source, Chosen) else [source])
+        ]
 
     def mpp_range(self) -> tuple[float, float] | None:
         """Smallest and largest um/px over the stores; None without one. Few other sources
@@ -178,6 +183,16 @@ class Source(Protocol):
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place: ...
     def mpp_range(self) -> tuple[float, float] | None: ...
     def line(self) -> str: ...
+
+
+@runtime_checkable
+class Chosen(Protocol):
+    """A source of tiles that a list names, which other sources hold."""
+
+    sources: Sequence[Source]
+
+    def at(self, i: int) -> tuple[Source, int]:
+        """The source that holds tile i, and the tile's row there."""
 
 
 class StoreSource:
