@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxhisto.data.durable import settle, writing
+from jaxhisto.data.durable import settle, temporary_name, writing
 from jaxhisto.data.store import file_hash
 
 SHARD_BYTES = 512 * 2**20  # 25 thousand slides of 100 tiles, some 100 GB, are about 300 files
@@ -112,7 +111,7 @@ def write_shard(
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(file)
     sums: list[str] = []
     try:
         with writing(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,13 +15,18 @@ def write_file(store: Path, file: Path, text: str) -> None:
     """Writes text under a temporary name and renames it; StoreError if the disk refuses."""
     with writing(store):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(file)
         try:
             temporary.write_text(text, encoding="utf-8")
             settle(temporary, file)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def temporary_name(file: Path) -> Path:
+    """A name beside the file that no other process takes, on whatever host."""
+    return file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
 
 
 def settle(temporary: Path, file: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.data.compaction import RecordSum, plan
-from jaxhisto.data.durable import settle, sync, write_file, writing
+from jaxhisto.data.durable import settle, sync, temporary_name, write_file, writing
 from jaxhisto.data.held import (
     Held,
     Shard,
@@ -96,7 +96,7 @@ def write_part(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, Any]
     from array_record.python.array_record_module import ArrayRecordWriter
 
     final = part_file(store, slide)
-    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(final)
     count, total = 0, RecordSum()
     writer: Any = None
     try:
@@ -184,6 +184,10 @@ class StoreWriter:
             if entry and self._held.rows(entry):
                 return bare(entry)
         return None
+
+    def stored_bytes(self) -> int:
+        """Size of the finished store's tiles; 0 where there is none."""
+        return sum(shard["bytes"] for shard in shards_of(self.manifest)) if self.manifest else 0
 
     def finish(
         self,
@@ -313,10 +317,11 @@ class StoreWriter:
             if fragment.stem not in keep:
                 fragment.unlink(missing_ok=True)
         self._drop_shards()
-        shutil.rmtree(self.work / "tfds", ignore_errors=True)
         # What is known of a slide goes after its tiles, which it tells whole from half-written.
         for part in sorted(self.work.iterdir(), key=lambda p: p.suffix == ".json"):
-            if part.name != LOCK:
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            elif part.name != LOCK:
                 part.unlink(missing_ok=True)
 
     def _leave(self) -> None:
