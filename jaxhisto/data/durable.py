@@ -8,17 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jaxhisto.data.store import UNFINISHED
 from jaxhisto.errors import StoreError
 
 
-def write_file(store: Path, file: Path, text: str) -> None:
-    """Writes text under a temporary name and renames it; StoreError if the disk refuses."""
+def write_file(store: Path, file: Path, text: str, durable: bool = True) -> None:
+    """Writes text under a temporary name and renames it; StoreError if the disk refuses.
+
+    Args:
+      store: whose file it is, for messages.
+      file: to write; its folder is made.
+      text: of it.
+      durable: wait until it would survive a loss of power.
+    """
     with writing(store):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(file)
+        # There, since that is where a stopped run's are looked for.
+        temporary = temporary_name(store / UNFINISHED / file.name)
+        for folder in (file.parent, temporary.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8")
-            settle(temporary, file)
+            if durable:
+                settle(temporary, file)
+            else:
+                os.replace(temporary, file)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ from jaxhisto.data.durable import settle, sync, write_file, writing
 from jaxhisto.data.store import UNFINISHED, check_part, grouped
 from jaxhisto.errors import StoreError
 
+STAMPS = "stamps.json"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -59,6 +61,8 @@ class Held:
 
     Attributes:
       listed: the finished store's entry of each slide id.
+      stamps: of the files that those were cut of, in a file beside the manifest: the time of change
+        is no content, and the same slides elsewhere make the same store.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any] | None) -> None:
@@ -67,6 +71,7 @@ class Held:
         self._rows: dict[tuple[str, str], Rows] = {}
         self._shards: dict[str, Shard] = {}
         self._sound: dict[Path, bool] = {}
+        self.stamps: dict[str, str] = read_json(path / STAMPS) or {}
         for slides, said in grouped(manifest) if manifest else ():
             self.listed |= {slide["id"]: slide for slide in slides}
             self._take(slides, said, path / said["file"])
@@ -163,9 +168,9 @@ def place(shard: Path, file: Path) -> None:
 
 
 def bare(entry: Entry) -> Entry:
-    """A slide's entry without its place in a store."""
+    """A slide's entry without its place in a store, and without its file's stamp."""
     part = {k: v for k, v in entry["part"].items() if k != "file"}
-    return {k: v for k, v in entry.items() if k not in ("shard", "row")} | {"part": part}
+    return {k: v for k, v in entry.items() if k not in ("shard", "row", "stamp")} | {"part": part}
 
 
 def slide_key(slide: str) -> str:

@@ -4,6 +4,7 @@
     STORE/NAME-train-DIGEST.array_record-00000-of-00003     the tiles of some slides, slide by slide
     STORE/dataset_info.json, features.json                  make it a TFDS dataset
     STORE/report.html, report/                              for people
+    STORE/stamps.json                                       tells `jaxhisto tile` unchanged slides
     STORE/unfinished/                                       only while `jaxhisto tile` is at work
 
 `tfds.builder_from_directory(STORE).as_data_source(split="train")` reads the same folder. A folder

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from jaxhisto.data.compaction import RecordSum, plan
 from jaxhisto.data.durable import settle, sync, temporary_name, write_file, writing
 from jaxhisto.data.held import (
+    STAMPS,
     Held,
     Shard,
     bare,
@@ -115,7 +116,8 @@ def write_part(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, Any]
         with writing(store):
             writer.close()
             part = {"bytes": temporary.stat().st_size, "sha256": file_hash(temporary)}
-            settle(temporary, final)
+            sync(temporary)
+            os.replace(temporary, final)  # `write_record` makes the name durable, with its own
         return {**part, "records": total.hexdigest(), "tiles": count}
     finally:
         with suppress(OSError):
@@ -179,10 +181,15 @@ class StoreWriter:
         self._leave()
 
     def finished(self, slide: str) -> dict[str, Any] | None:
-        """The manifest entry of a slide whose tiles are whole, from this store or a stopped run."""
-        for entry in (self._held.record(slide), self._held.listed.get(slide)):
-            if entry and self._held.rows(entry):
-                return bare(entry)
+        """The manifest entry of a slide whose tiles are whole, from this store or a stopped run,
+        with the `stamp` of its file where that is known."""
+        held = self._held
+        for entry, stamp in (
+            (record := held.record(slide), (record or {}).get("stamp")),
+            (held.listed.get(slide), held.stamps.get(slide)),
+        ):
+            if entry and held.rows(entry):
+                return bare(entry) | ({"stamp": stamp} if stamp else {})
         return None
 
     def stored_bytes(self) -> int:
@@ -199,7 +206,7 @@ class StoreWriter:
         store valid, or the new one, and every finished slide.
 
         Args:
-          records: manifest entries in the order of the tiles.
+          records: manifest entries in the order of the tiles; a `stamp` is kept beside them.
           facts: what else the manifest says (dataset, tile_px, failures, code_version).
           report: manifest -> report.html.
 
@@ -231,6 +238,9 @@ class StoreWriter:
         if mended or not self.manifest or manifest["hash"] != self.manifest["hash"]:
             self._switch(manifest, shards, (name, digest), report)
             self.manifest = manifest
+        stamps = {record["id"]: record["stamp"] for record in records if "stamp" in record}
+        if stamps != self._held.stamps:
+            write_file(self.path, self.path / STAMPS, json.dumps(stamps, indent=1))
         self._drop_stale()
         return manifest
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -99,10 +102,14 @@ def test_where_no_sample_gives_a_tile_the_run_goes_on(tmp_path, monkeypatch, cap
 
 
 RUN = """
-import sys
+import os, sys, time
 from jaxhisto.cli import main
-from jaxhisto.data import compaction
+from jaxhisto.data import compaction, held
 compaction.SHARD_BYTES = 2_000_000
+def unhurried(*args, write=held.write_shard):
+    time.sleep(float(os.environ.get("BEFORE_A_SHARD", 0)))
+    return write(*args)
+held.write_shard = unhurried
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -142,6 +149,7 @@ def kept(store: Path) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_a_limit_met_in_compaction_is_said_and_lifted_later(slides, whole, tmp_path):
     """Each part is below the limit on file sizes, a shard is not."""
     size = max(p.stat().st_size for p in whole.glob("*.array_record*"))
@@ -202,3 +210,24 @@ def test_a_full_disk_stops_cutting_and_compaction_and_loses_nothing(slides, whol
     assert seen[0] == 1
     assert seen[-1] == 0
     assert content(store) == content(whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_compaction_is_completed_to_the_same_store(slides, whole, tmp_path):
+    command = [sys.executable, "-c", RUN, *flags(slides, tmp_path / "s")]
+    killed = subprocess.Popen(
+        command, env=os.environ | {"BEFORE_A_SHARD": "1"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not list((tmp_path / "s").glob("unfinished/shard-*.json")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+
+    assert len(kept(tmp_path / "s")) == 14
+    assert not is_store(tmp_path / "s")
+    done = run(flags(slides, tmp_path / "s"))
+    assert done.returncode == 0
+    assert "14 of them from an earlier run" in done.stdout
+    assert content(tmp_path / "s") == content(whole)
