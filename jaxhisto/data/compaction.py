@@ -115,7 +115,9 @@ def write_shard(
     sums: list[str] = []
     try:
         with writing(store):
-            writer: Any = ArrayRecordWriter(str(temporary), "group_size:1")
+            # One record a group, as in the parts; a JPEG does not shrink, and trying takes most of
+            # the time.
+            writer: Any = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for slide in slides:
             place, own = rows(slide), RecordSum()
             for record in _records(place, slide):

@@ -273,6 +273,19 @@ def test_slides_share_shards_and_tfds_reads_them(tmp_path, small_shards):
         assert source[i]["y"] == store[i]["y"]
 
 
+def test_grain_reads_the_store_with_no_code_of_ours(tmp_path, small_shards):
+    import grain
+
+    manifest, _ = cut(tmp_path / "s", MANY)
+    source = tfds.builder_from_directory(tmp_path / "s").as_data_source(split="train")
+    read = list(grain.MapDataset.source(source).map(lambda tile: tile["slide"].decode()))
+    assert read == TileStore(tmp_path / "s").slides()
+    files = [str(tmp_path / "s" / shard["file"]) for shard in manifest["shards"]]
+    with grain.sources.ArrayRecordDataSource(files) as records:
+        assert len(records) == len(read)
+        assert all(slide.encode() in records[i] for i, slide in enumerate(read))
+
+
 def test_the_manifest_places_and_sums_each_slide(tmp_path, small_shards):
     """Read with ArrayRecord alone; the sum restated: records after their lengths."""
     import hashlib
