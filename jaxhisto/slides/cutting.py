@@ -29,7 +29,16 @@ from jaxhisto.slides.fit import fit_note
 from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
 from jaxhisto.slides.pen import MOST, ink_note, pen_marks
 from jaxhisto.slides.pixel_size import GivenPixelSize
-from jaxhisto.slides.reader import Flags, Overview, Pixels, RegionError, Scale, Slide, content_hash
+from jaxhisto.slides.reader import (
+    Flags,
+    Overview,
+    Pixels,
+    RegionError,
+    Scale,
+    Slide,
+    content_hash,
+    file_stamp,
+)
 from jaxhisto.slides.report import REASONS, fitted, slide_section
 
 CONTACTS, CONTACT_PX = 24, 96  # tiles on the contact sheet, and their side
@@ -98,21 +107,26 @@ class Grid:
 
 
 def cut_slide(job: Job) -> Cut:
-    """Cuts one slide, or finds that it is cut already.
+    """Cuts one slide, or finds that it is cut already; a file whose size and time of change are as
+    they were is not read again.
 
     Raises:
       SlideError: not readable, no pixel size, coarser than asked for, or no foreground tile.
       StoreError: the store cannot be written.
     """
     cv2.setNumThreads(1)  # the pool has a process a core
-    sha256 = content_hash(job.path, job.others)
+    known = job.known
+    stamp = file_stamp(job.path, job.others)  # before the bytes are read: they may change meanwhile
+    if known and known.get("stamp") == stamp:
+        sha256 = known["sha256"]
+    else:
+        sha256 = content_hash(job.path, job.others)
     with Slide(job.path, job.given) as slide:
-        known = job.known
         if known and (known["sha256"], known["mpp"], known["mpp_source"]) == (
             sha256, slide.mpp, slide.mpp_source,
         ):  # fmt: skip
-            return Cut(known, reused=True)
-        return Cut(_cut(slide, job, sha256), reused=False)
+            return Cut({**known, "stamp": stamp}, reused=True)
+        return Cut(_cut(slide, job, {"sha256": sha256, "stamp": stamp}), reused=False)
 
 
 def order(seed: int, slide: str, cells: int) -> NDArray[np.int64]:
@@ -126,7 +140,7 @@ def order(seed: int, slide: str, cells: int) -> NDArray[np.int64]:
     return np.argsort(keys, kind="stable")
 
 
-def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
+def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
     config = job.config
     scale = slide.scale(config.tile_px, config.tile_mpp)
     grid = Grid.over(slide.width, slide.height, scale.side)
@@ -148,7 +162,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         raise SlideError(_nothing(slide, config, mask, grid, draw, fit))
     record = {
         "id": job.id,
-        "sha256": sha256,
+        **file,
         "width": slide.width,
         "height": slide.height,
         "mpp": slide.mpp,
@@ -158,7 +172,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         "tiles": part["tiles"],
         "rejected": draw.rejected,
         "foreground_share": round(float(mask.mean()), 4),
-        "part": {"bytes": part["bytes"], "sha256": part["sha256"]},
+        "part": {k: part[k] for k in ("bytes", "sha256", "records")},
     }
     section = slide_section(
         record,
@@ -170,7 +184,8 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         draw.lost,
         draw.contacts,
     )
-    write_file(Path(config.out), Path(config.out) / "report" / f"{slide_key(job.id)}.html", section)
+    shown = Path(config.out) / "report" / f"{slide_key(job.id)}.html"
+    write_file(Path(config.out), shown, section, durable=False)
     write_record(Path(config.out), record)
     return record
 

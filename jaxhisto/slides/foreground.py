@@ -103,7 +103,9 @@ def shares(
     """
     rows = _overlap(ys, side, downsample, mask.shape[0])
     columns = _overlap(xs, side, downsample, mask.shape[1])
-    return np.asarray(rows @ mask.astype(np.float64) @ columns.T)
+    # In bands: a whole glass slide's mask has 30 megapixels, as float64 a quarter of a gigabyte.
+    bands = (mask[top : top + 256].astype(np.float64) for top in range(0, len(mask), 256))
+    return np.asarray(rows @ np.concatenate([band @ columns.T for band in bands]))
 
 
 def _overlap(

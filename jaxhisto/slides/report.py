@@ -234,9 +234,11 @@ def _jpeg(rgb: Pixels) -> str:
 
 def _mask_png(mask: Flags) -> str:
     """The mask as a tint: the colour where True, nothing elsewhere."""
-    bgra = np.zeros((*mask.shape, 4), np.uint8)
-    bgra[mask] = (*MASK_COLOUR[::-1], 75)
-    data = cv2.imencode(".png", fitted(bgra, MASK_PX))[1].tobytes()
+    opacity = fitted(mask.astype(np.uint8) * 75, MASK_PX)
+    bgra = np.zeros((*opacity.shape, 4), np.uint8)
+    bgra[opacity > 0] = (*MASK_COLOUR[::-1], 0)
+    bgra[..., 3] = opacity
+    data = cv2.imencode(".png", bgra)[1].tobytes()
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
 from jaxhisto.settings import check, identity
-from jaxhisto.slides import pool
+from jaxhisto.slides import beam_engine, pool
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
+from jaxhisto.slides.disk import check_disk
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.progress import Progress
 from jaxhisto.slides.reader import SUFFIXES, dicom_series
@@ -92,10 +93,12 @@ def tile(config: TileConfig) -> TileResult:
     store = Path(config.out)
     jobs = find_slides(config)
     settings = {k: v for k, v in identity(config).items() if k not in PER_SLIDE}
-    with StoreWriter(store, settings) as writer, Progress(len(jobs)) as progress:
+    with StoreWriter(store, settings) as writer:
         _refuse_shrinking(writer, jobs)
         jobs = [dataclasses.replace(job, known=writer.finished(job.id)) for job in jobs]
-        cuts, failures = _cut_all(jobs, config, progress)
+        check_disk(jobs, config, writer.stored_bytes(), _processes(config))
+        with Progress(len(jobs)) as progress:
+            cuts, failures = _cut_all(jobs, config, progress)
         if not cuts:
             raise SlideError(_all_failed(failures))
         facts = {
@@ -130,13 +133,15 @@ def find_slides(config: TileConfig) -> list[Job]:
       SlideError: a path that is not there, a folder without slides, or one id for two slides.
     """
     found: dict[str, Job] = {}
+    # Each job travels to a process, and a cut slide need not bring along the names of all.
+    lean = dataclasses.replace(config, slides=())
     for name in config.slides:
         root = Path(name)
         folder = root if os.path.isdir(root) else root.parent
         for path in _slides_below(root):
             folders = tuple(dict.fromkeys((path.parent, folder)))
             given = GivenPixelSize(config.mpp, config.mpp_source, folders)
-            job = Job(path, path.relative_to(folder).as_posix(), given, config)
+            job = Job(path, path.relative_to(folder).as_posix(), given, lean)
             # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
             found.setdefault(os.path.realpath(path), job)
     jobs = sorted(_one_a_series(list(found.values()), config), key=lambda job: job.id)
@@ -217,7 +222,7 @@ def _cut_all(
     """Cuts every slide; a failing one costs only itself, an unwritable store ends the run."""
     cuts: dict[str, Cut] = {}
     failures: list[Failure] = []
-    answers = pool.run(cut_slide, jobs, _processes(config), config.slide_timeout)
+    answers = _answers(jobs, config)
     with contextlib.closing(answers):  # ends the processes at once when the store cannot be written
         for answer in answers:
             job = jobs[answer.index]
@@ -235,12 +240,19 @@ def _cut_all(
     return cuts, sorted(failures, key=lambda failure: failure.slide)
 
 
+def _answers(jobs: list[Job], config: TileConfig) -> Generator[pool.Answer[Cut], None, None]:
+    """`cut_slide` of each job, in local processes or on a Beam runner."""
+    if config.beam:
+        return beam_engine.run(cut_slide, jobs, Path(config.out), config.beam, config.slide_timeout)
+    return pool.run(cut_slide, jobs, _processes(config), config.slide_timeout)
+
+
 def _reason(job: Job, error: Exception | None) -> str:
     """One sentence that names the slide by its id: the store must not depend on where it lay."""
     if isinstance(error, JaxhistoError):
         return str(error).replace(str(job.path), job.id)
     if isinstance(error, pool.TooSlow):
-        return f"{job.id}: {error}; raise --slide-timeout, or leave the slide out"
+        return f"{job.id}: {error}, twice; raise --slide-timeout, or leave the slide out"
     if isinstance(error, pool.ProcessDied):
         return (
             f"{job.id}: {error}, twice: the file is damaged or memory ran out; lower --processes, "

@@ -223,6 +223,25 @@ def test_a_changed_slide_is_cut_again_and_a_missing_one_refused(tmp_path):
         tile(config(tmp_path / "in", tmp_path / "s"))
 
 
+def test_a_slide_is_read_again_only_where_its_size_or_time_changed(tmp_path):
+    """As `make` has it: what hides its change is taken as it was. Also after a stopped run."""
+    path = write_slide(tmp_path / "a.tif", half_tissue(512, 512))
+    first = tile(config(path, tmp_path / "s"))
+    was = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    hidden = tile(config(path, tmp_path / "s"))
+    os.utime(path)
+    seen = tile(config(path, tmp_path / "s"))
+
+    assert (hidden.reused, seen.reused) == (1, 0)
+    assert hidden.manifest == first.manifest
+    assert seen.manifest["slides"][0]["sha256"] != first.manifest["slides"][0]["sha256"]
+    assert "stamp" not in json.dumps(seen.manifest)
+    os.utime(path)  # touched, and the same: read, and not cut again
+    assert tile(config(path, tmp_path / "s")).reused == 1
+
+
 def test_failing_slides_are_listed_and_taken_up_later(tmp_path):
     folder = tmp_path / "in"
     write_slide(folder / "good.tif", half_tissue(512, 512))
