@@ -23,7 +23,7 @@ from jaxhisto.data import file_kinds
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.image_source import matches
 from jaxhisto.data.images import ImageError, decode_jpeg
-from jaxhisto.data.store import TileStore, is_store
+from jaxhisto.data.store import TileStore, dataset_of, is_store, is_unfinished
 from jaxhisto.errors import StoreError
 
 
@@ -201,9 +201,12 @@ class StoreSource:
     def line(self) -> str:
         left_out = len(self._slides) - len(self)
         mpp = self.mpp_range()
+        manifest = self._store.manifest
+        datasets = {dataset_of(manifest, s) for s in manifest["slides"] if s["id"] in self.slides}
         return (
             f"{self.path}: store, {len(self):,} tiles of {len(self.slides)} slides"
-            f", {self.canvas[0]} px"
+            + (f" of {len(datasets)} datasets" if len(datasets) > 1 else "")
+            + f", {self.canvas[0]} px"
             + (f", {mpp[0]:g} to {mpp[1]:g} um/px" if mpp else "")
             + (f", {left_out:,} tiles excluded" if left_out else "")
         )
@@ -213,5 +216,7 @@ def open_source(path: Path, config: DataConfig) -> Source:
     """The store, folder or file at a path, checked whole."""
     # Not Path.is_dir: it raises on a name too long for the file system.
     if os.path.isdir(path):
-        return StoreSource(path, config) if is_store(path) else FolderSource(path, config)
+        if is_store(path) or is_unfinished(path):  # which StoreSource refuses in its own words
+            return StoreSource(path, config)
+        return FolderSource(path, config)
     return file_kinds.opened(path, config)

@@ -16,8 +16,10 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from jaxhisto.errors import StoreError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
+SETTINGS = "settings.json"  # in UNFINISHED, from the start of a run
 FORMAT = "jaxhisto-tiles-1"
 OPEN_PARTS = 128  # readers kept open: each holds a file descriptor, of which a process has 1024
 
@@ -37,7 +40,7 @@ class TileStore:
       manifest: the whole manifest.
       hash: its hash; two stores with the same one hold the same bytes.
       tile_px: side of the tiles in pixels.
-      dataset: name of the dataset.
+      dataset: name of the dataset, or of the whole where each slide has its own (`dataset_of`).
     """
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
@@ -129,9 +132,20 @@ class TileStore:
             return self._readers[part]
 
 
+def dataset_of(manifest: Mapping[str, Any], slide: Mapping[str, Any]) -> str:
+    """The dataset of a slide by its manifest entry: its own, or the whole store's."""
+    return str(slide.get("dataset") or manifest["dataset"])
+
+
 def is_store(path: Path | str) -> bool:
     """True for a folder that says it is a finished tile store; opening it verifies that."""
     return (Path(path) / MANIFEST).is_file()
+
+
+def is_unfinished(path: Path | str) -> bool:
+    """True for a folder that `jaxhisto tile` is making a store of, or was stopped at."""
+    begun = os.path.isfile(Path(path) / UNFINISHED / SETTINGS)  # no other folder has that
+    return begun and not is_store(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

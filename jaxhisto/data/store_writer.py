@@ -312,7 +312,8 @@ class StoreWriter:
     def _drop_stale(self, entries: list[dict[str, Any]]) -> None:
         keep = {slide_key(entry["id"]) for entry in entries}
         for fragment in (self.path / "report").glob("*.html"):
-            if fragment.stem not in keep:
+            # Other names are those of the datasets' pages.
+            if re.fullmatch(r"[0-9a-f]{20}", fragment.stem) and fragment.stem not in keep:
                 fragment.unlink(missing_ok=True)
         for part in self.work.iterdir():
             if part.name != LOCK:

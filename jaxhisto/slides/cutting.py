@@ -1,6 +1,6 @@
 """One slide to one part of the store: grid, foreground, draw, read. Runs in a worker process.
 
-Every cell of the grid is either kept or rejected for one of report's `REASONS`.
+Every cell of the grid is either kept or rejected for one of `report_parts.REASONS`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from jaxhisto.errors import SlideError
 from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import Flags, Overview, Pixels, RegionError, Scale, Slide, content_hash
-from jaxhisto.slides.report import REASONS, fitted, slide_section
+from jaxhisto.slides.report import fitted, slide_section
+from jaxhisto.slides.report_parts import REASONS
 
 CONTACTS, CONTACT_PX = 24, 96  # tiles on the contact sheet, and their side
 PICTURE_PX = 900  # longest side of the report's picture of the slide, about
@@ -45,6 +46,7 @@ class Job:
       config: all settings of the run; `dataset` filled in.
       known: manifest entry of this slide if a whole part of it is there.
       others: further files of the same slide (a DICOM series).
+      dataset: of its tiles; empty: the config's.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Job:
     config: TileConfig
     known: dict[str, Any] | None = None
     others: tuple[Path, ...] = ()
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         raise SlideError(_nothing(slide, config, mask, grid, draw))
     record = {
         "id": job.id,
+        "dataset": job.dataset or config.dataset,
         "sha256": sha256,
         "width": slide.width,
         "height": slide.height,
@@ -203,7 +207,8 @@ def _tiles(
         if len(draw.contacts) < CONTACTS:
             draw.contacts.append(_small(rgb, CONTACT_PX))
         jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
-        yield Tile(jpeg, job.id, config.dataset, x, y, scale.mpp, slide.mpp_source)
+        dataset = job.dataset or config.dataset
+        yield Tile(jpeg, job.id, dataset, x, y, scale.mpp, slide.mpp_source)
 
 
 def _picture(slide: Slide, view: Overview) -> Pixels:
