@@ -151,7 +151,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         "height": slide.height,
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
-        "notes": list(slide.notes),
+        "notes": [*slide.notes, *_damage(draw)],
         "tile_mpp": scale.mpp,
         "tiles": part["tiles"],
         "rejected": draw.rejected,
@@ -229,6 +229,12 @@ def _own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
 
 def _small(rgb: Pixels, side: int) -> Pixels:
     return np.asarray(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _damage(draw: Draw) -> list[str]:
+    """A note where cells were lost: the rest of a file that was cut off is still a slide."""
+    lost = draw.rejected["unreadable"]
+    return [f"{lost} cells cannot be read: the file is damaged or cut off there"] if lost else []
 
 
 def _nothing(slide: Slide, config: TileConfig, mask: Flags, grid: Grid, draw: Draw) -> str:

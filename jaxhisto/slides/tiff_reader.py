@@ -212,21 +212,29 @@ class TiffHandle:
         return data
 
 
-def refuse_grey_and_deep(path: Path) -> None:
-    """SlideError where the first page is grey or has more than 8 bits; no word on what else it is.
+def refuse_unfit(path: Path) -> None:
+    """SlideError where the first page is grey, has more than 8 bits, or is larger than its tiles.
 
-    A file that tifffile cannot read is passed: OpenSlide could.
+    No word on what else it is: a file that tifffile cannot read is passed, OpenSlide could.
     """
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
     try:
         with tifffile.TiffFile(path) as file:
             page: Any = file.pages.first
-            bits, kind = page.bitspersample, page.photometric
+            bits, kind, there = page.bitspersample, page.photometric, len(page.dataoffsets)
+            size = int(page.imagewidth), int(page.imagelength)
+            piece = page.tile[::-1] if page.tile else size
+            across, down = (-(-a // b) for a, b in zip(size, piece, strict=True))
     except Exception:  # fed with damaged tags, tifffile raises nearly anything
         return
     if bits > 8 or kind in GREYS:
         found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
         raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
+    if across * down > there:  # each would be tried, and found missing, for hours
+        raise SlideError(
+            f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "
+            f"{there}; the file is damaged or cut off: copy it again, or leave it out"
+        )
 
 
 def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[str, ...]]:
