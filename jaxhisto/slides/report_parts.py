@@ -104,6 +104,8 @@ table{border-collapse:collapse;width:100%}
 th,td{padding:.4rem .42rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 thead th{color:var(--soft);font-weight:500;font-size:.82rem;white-space:nowrap}
 .scroll table{font-size:.92rem}
+.scroll td:first-child{overflow-wrap:anywhere;min-width:12rem}
+.scroll td:nth-child(3){white-space:nowrap}
 tbody tr:last-child td,.facts tr:last-child>*{border-bottom:0}
 .facts th{color:var(--soft);font-weight:500;white-space:nowrap;width:1%}
 .facts td{overflow-wrap:anywhere}
@@ -120,6 +122,7 @@ td a{color:inherit;text-decoration-color:var(--line);text-underline-offset:3px}
 .legend i,.facts i{display:inline-block;width:.75rem;height:.75rem;border-radius:3px;
 margin-right:.4rem}
 summary{cursor:pointer;color:var(--soft)}
+.failures summary{color:var(--ink)}
 .pair{display:grid;grid-template-columns:minmax(0,1.35fr) minmax(280px,1fr);gap:1.6rem}
 @media(max-width:820px){.pair{grid-template-columns:1fr}}
 figure{margin:0}
@@ -131,7 +134,7 @@ background:#fff}
 .sheet{margin-top:1.2rem}
 .sheet img{display:block;max-width:100%;border-radius:4px}
 figcaption,.note{color:var(--soft);font-size:.87rem;margin:.4rem 0 0}
-.note{margin:0 0 .7rem}
+.note{margin:0 0 .7rem;overflow-wrap:anywhere}
 .switches{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;
 padding:.7rem 1.4rem;margin:0 0 1.2rem;background:var(--paper);border:1px solid var(--line);
 border-radius:10px}

@@ -213,7 +213,8 @@ class TiffHandle:
 
 
 def refuse_unfit(path: Path) -> None:
-    """SlideError where the first page is grey, has more than 8 bits, or is larger than its tiles.
+    """SlideError where the first page is grey, has more than 8 bits, is larger than its tiles, or
+    has tiles that no memory would hold.
 
     No word on what else it is: a file that tifffile cannot read is passed, OpenSlide could.
     """
@@ -230,6 +231,8 @@ def refuse_unfit(path: Path) -> None:
     if bits > 8 or kind in GREYS:
         found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
         raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
+    if (whole := 4 * math.prod(piece)) > MOST_SEGMENT:
+        raise SlideError(_too_large(path, size, tifffile.enumstr(page.compression), whole))
     if across * down > there:  # each would be tried, and found missing, for hours
         raise SlideError(
             f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "
@@ -320,11 +323,15 @@ def _level(path: Path, page: Any) -> _Level:
         raise SlideError(_damaged(path, f"{pieces} tiles or strips, and fewer places of them"))
     size = math.prod(piece) * int(page.samplesperpixel)
     if size > MOST_SEGMENT:
-        raise SlideError(
-            f"{path}: {width} x {height} px packed ({kind}) in pieces of {size / 2**30:.1f} GiB, "
-            f"too large to decode for a tile; {CONVERT}"
-        )
+        raise SlideError(_too_large(path, (width, height), kind, size))
     return level
+
+
+def _too_large(path: Path, size: tuple[int, int], kind: str, piece: int) -> str:
+    return (
+        f"{path}: {size[0]} x {size[1]} px packed ({kind}) in pieces of {piece / 2**30:.1f} GiB, "
+        f"too large to decode for a tile; {CONVERT}"
+    )
 
 
 def _properties(file: tifffile.TiffFile, level: _Level) -> dict[str, str]:
