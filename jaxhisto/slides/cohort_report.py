@@ -156,13 +156,12 @@ def _index(
     heads = "".join(f'<th class=n title="{why}">{name}' for name, why, _ in REASONS.values())
     body = f"""{_head(manifest, datasets)}
 <main>
-{_notes(notes)}
+{_notes(notes)}{_failures(manifest["failures"])}
 <h2>Datasets</h2>
 {legend()}
 <div class=scroll><table><thead><tr><th>dataset<th class=n>slides<th class=n>failed<th class=n>µm/px
 <th class=n>foreground<th class=n>kept{heads}<th></tr></thead><tbody>{rows}</tbody></table></div>
 <p class=note>A row a slide, those that failed too: <a href="report.csv">report.csv</a></p>
-{_failures(manifest["failures"])}
 {_settings(manifest)}
 </main>"""
     return document(f"{manifest['dataset']}: {manifest['tiles']} tiles", body)
@@ -175,7 +174,7 @@ def _dataset_row(name: str, cut: Sequence[Record], failed: Sequence[Record]) -> 
     link = f"report/{quote(page_names(name, len(cut))[0])}"
     return (
         f'<tr><td><a href="{link}">{escape(name)}</a><td class=n>{len(cut):,}'
-        f"<td class=n>{len(failed) or '·'}<td class=n>{_spread(cut)}"
+        f"<td class=n>{f'{len(failed):,}' if failed else '·'}<td class=n>{_spread(cut)}"
         f"<td class=n>{'·' if share is None else f'{share:.0%}'}<td class=n><b>{kept:,}</b>"
         + "".join(f"<td class=n>{rejected[r] or '·':{',' if rejected[r] else ''}}" for r in REASONS)
         + f"<td class=wide>{bar(kept, rejected)}</tr>\n"
@@ -197,15 +196,15 @@ def _dataset_pages(
         ]
         pages = f"; page {' '.join(links)}" if len(names) > 1 else ""
         tiles = f"{sum(slide['tiles'] for slide in cut):,}"
-        numbers = {"tiles": tiles, "slides": f"{len(cut):,}", "failed": str(len(failed))}
+        numbers = {"tiles": tiles, "slides": f"{len(cut):,}", "failed": f"{len(failed):,}"}
         below = f'<a href="../report.html">{escape(manifest["dataset"])}</a>{pages}'
         pictures = "".join(section_of(sections, slide["id"]) for slide in shown)
-        of_more = f", of the first {len(shown)} slides" if len(shown) < len(cut) else ""
+        below_too = f"; of the first {len(shown)} slides they are below" if shown else ""
         body = f"""{header(dataset, below, numbers | {"µm/px": _spread(cut)})}
 <main>
 {"" if number else _failures(failed)}
 <h2>Slides</h2>
-<p class=note>Pictures are behind the names{" and below" if shown else ""}{of_more}.</p>
+<p class=note>Pictures are behind the names{below_too}.</p>
 {legend()}
 {_table(slides, len(shown), "")}
 {SWITCHES if shown else ""}
@@ -268,7 +267,7 @@ def _twin_notes(manifest: Record) -> list[str]:
         return []
     later, first = next(iter(twins.items()))
     return [
-        f"{len(twins)} slides have the same bytes as another one (the first: {later} as {first}; "
+        f"{len(twins):,} slides have the same bytes as another one (the first: {later} as {first}; "
         "report.csv has all, under same_as), so their tissue counts twice"
     ]
 
@@ -277,7 +276,7 @@ def _head(manifest: Record, datasets: Mapping[str, Any] | None = None) -> str:
     numbers = {"tiles": f"{manifest['tiles']:,}", "slides": f"{len(manifest['slides']):,}"}
     if datasets:
         numbers["datasets"] = str(len(datasets))
-    numbers |= {"failed": str(len(manifest["failures"])), "px a side": str(manifest["tile_px"])}
+    numbers |= {"failed": f"{len(manifest['failures']):,}", "px a side": str(manifest["tile_px"])}
     numbers |= {"µm/px": _spread(manifest["slides"])}
     return header(
         manifest["dataset"], f"tiles cut by jaxhisto {escape(manifest['code_version'])}", numbers

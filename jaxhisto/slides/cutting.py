@@ -47,6 +47,7 @@ class Job:
       known: manifest entry of this slide if a whole part of it is there.
       others: further files of the same slide (a DICOM series).
       dataset: of its tiles; empty: the config's.
+      also: further ids under which the same file is found.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Job:
     known: dict[str, Any] | None = None
     others: tuple[Path, ...] = ()
     dataset: str = ""
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

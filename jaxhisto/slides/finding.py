@@ -20,6 +20,9 @@ from jaxhisto.slides.reader import SUFFIXES, dicom_series
 def find_slides(config: TileConfig) -> list[Job]:
     """One job a slide, sorted by slide id, which is its name relative to the folder given.
 
+    A file that is there under several names, by links, is one slide, called by the first of them;
+    links that lead nowhere are slides that will fail, each by itself.
+
     Raises:
       SlideError: a path that is not there, a folder without slides, one id for two slides, and
         with `dataset_by_folder` a slide in no folder, or folders whose names differ in spelling
@@ -34,7 +37,10 @@ def find_slides(config: TileConfig) -> list[Job]:
             given = GivenPixelSize(config.mpp, config.mpp_source, folders)
             job = Job(path, path.relative_to(folder).as_posix(), given, config)
             # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
-            found.setdefault(os.path.realpath(path), job)
+            real = os.path.realpath(path) if os.path.exists(path) else str(path)
+            first = found.setdefault(real, job)
+            if job.id not in (first.id, *first.also):
+                found[real] = dataclasses.replace(first, also=(*first.also, job.id))
             _refuse_bytes(path)
     jobs = sorted(_one_a_series(list(found.values()), config), key=lambda job: job.id)
     for a, b in itertools.pairwise(jobs):
@@ -51,6 +57,19 @@ def processes_of(config: TileConfig) -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return config.processes or len(os.sched_getaffinity(0))
     return config.processes or os.cpu_count() or 1
+
+
+def linked_twice(jobs: list[Job]) -> list[str]:
+    """A line where files are there under several names."""
+    links = [(name, job.id) for job in jobs for name in job.also]
+    return (
+        [
+            f"{len(links)} links lead to files that are there under another name too (the first: "
+            f"{links[0][0]} is {links[0][1]}); each file is cut once"
+        ]
+        if links
+        else []
+    )
 
 
 def misspelt(datasets: set[str]) -> list[str]:

@@ -19,7 +19,7 @@ from jaxhisto.settings import check, identity
 from jaxhisto.slides import pool
 from jaxhisto.slides.cohort_report import same_content, write_report
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
-from jaxhisto.slides.finding import find_slides, misspelt, processes_of
+from jaxhisto.slides.finding import find_slides, linked_twice, misspelt, processes_of
 from jaxhisto.slides.progress import Progress
 
 LINES = 60  # of a kind that are printed; report.csv has all
@@ -103,7 +103,10 @@ def tile(config: TileConfig) -> TileResult:
     settings = {k: v for k, v in identity(config).items() if k not in PER_SLIDE}
     if not config.dataset_by_folder:  # stores from before there was such a setting stay the same
         del settings["dataset_by_folder"]
-    notes = misspelt({job.dataset or config.dataset for job in jobs})
+    notes = [
+        *misspelt({job.dataset or config.dataset for job in jobs}),
+        *linked_twice(jobs),
+    ]
     for note in notes:  # before hours of work
         warn(f"note: {note}")
     with StoreWriter(store, settings) as writer, Progress(len(jobs)) as progress:

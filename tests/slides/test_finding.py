@@ -14,7 +14,7 @@ from jaxhisto.data.manifest import read_manifest
 from jaxhisto.data.sources import open_tiles
 from jaxhisto.data.store import TileStore, dataset_of
 from jaxhisto.errors import SlideError, StoreError
-from jaxhisto.slides.finding import find_slides, misspelt
+from jaxhisto.slides.finding import find_slides, linked_twice, misspelt
 
 
 def touched(folder: Path, *names: str) -> Path:
@@ -64,6 +64,23 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path):
         "linked/sub/2.svs": "linked",
         "real/3.svs": "real",
     }
+
+
+def test_two_names_of_one_file_are_one_slide_and_told(tmp_path):
+    """Links that lead nowhere stay apart: each is a slide that somebody misses."""
+    touched(tmp_path, "a/1.svs", "b/2.svs")
+    (tmp_path / "a" / "0.svs").symlink_to("1.svs")
+    (tmp_path / "b" / "3.svs").symlink_to(tmp_path / "a" / "1.svs")
+    for name in ("x", "y"):
+        (tmp_path / "b" / f"{name}.svs").symlink_to("nowhere.svs")
+    jobs = find_slides(TileConfig(slides=(str(tmp_path), str(tmp_path / "a/1.svs")), out="s"))
+
+    assert [job.id for job in jobs] == ["a/0.svs", "b/2.svs", "b/x.svs", "b/y.svs"]
+    assert linked_twice(jobs) == [
+        "3 links lead to files that are there under another name too (the first: a/1.svs is "
+        "a/0.svs); each file is cut once"
+    ]
+    assert linked_twice(jobs[1:]) == []
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
