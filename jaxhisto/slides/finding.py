@@ -29,13 +29,15 @@ def find_slides(config: TileConfig) -> list[Job]:
         alone.
     """
     found: dict[str, Job] = {}
+    # Each job travels to a process, and a cut slide need not bring along the names of all.
+    lean = dataclasses.replace(config, slides=())
     for name in config.slides:
         root = Path(name)
         folder = root if os.path.isdir(root) else root.parent
         for path in _slides_below(root):
             folders = tuple(dict.fromkeys((path.parent, folder)))
             given = GivenPixelSize(config.mpp, config.mpp_source, folders)
-            job = Job(path, path.relative_to(folder).as_posix(), given, config)
+            job = Job(path, path.relative_to(folder).as_posix(), given, lean)
             # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
             real = os.path.realpath(path) if os.path.exists(path) else str(path)
             first = found.setdefault(real, job)
