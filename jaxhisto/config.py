@@ -62,7 +62,14 @@ class TileConfig:
     processes: int = within(0, 0, MANY, operational=True)
     """Slides cut at the same time, each in a process of its own; 0: one a core."""
     slide_timeout: float = within(3600.0, 1, 1e7, operational=True)
-    """Seconds after which a slide's process is ended and the slide counted as failed."""
+    """Seconds after which a slide's process is ended; a slide that takes as long again when all
+    others are done counts as failed."""
+    check_disk: bool = field(default=True, metadata=OPERATIONAL)
+    """Refuse to start where the tiles clearly do not fit on the disk of `out`."""
+    beam: str = field(default="", metadata=OPERATIONAL)
+    """Flags of an Apache Beam runner, which cuts the slides in place of local processes:
+    `--beam="--runner=FlinkRunner --flink_master=HOST:8081"`. Slides and `out` must lie under the
+    same paths on all its workers. Needs the extra `beam`."""
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         "tiles": part["tiles"],
         "rejected": draw.rejected,
         "foreground_share": round(float(mask.mean()), 4),
-        "part": {"bytes": part["bytes"], "sha256": part["sha256"]},
+        "part": {k: part[k] for k in ("bytes", "sha256", "records")},
     }
     section = slide_section(
         record,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from jaxhisto.data.store import dataset_of
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
 from jaxhisto.settings import check, identity
-from jaxhisto.slides import pool
+from jaxhisto.slides import beam_engine, pool
 from jaxhisto.slides.cohort_report import same_content, write_report
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
+from jaxhisto.slides.disk import check_disk
 from jaxhisto.slides.finding import find_slides, linked_twice, misspelt, processes_of
 from jaxhisto.slides.progress import Progress
 
@@ -109,10 +110,12 @@ def tile(config: TileConfig) -> TileResult:
     ]
     for note in notes:  # before hours of work
         warn(f"note: {note}")
-    with StoreWriter(store, settings) as writer, Progress(len(jobs)) as progress:
+    with StoreWriter(store, settings) as writer:
         _refuse_shrinking(writer, jobs)
         jobs = [dataclasses.replace(job, known=writer.finished(job.id)) for job in jobs]
-        cuts, failures = _cut_all(jobs, config, progress)
+        check_disk(jobs, config, writer.stored_bytes(), processes_of(config))
+        with Progress(len(jobs)) as progress:
+            cuts, failures = _cut_all(jobs, config, progress)
         if not cuts:
             raise SlideError(_all_failed(failures))
         facts = {
@@ -186,12 +189,19 @@ def _cut_all(
     return cuts, sorted(failures, key=lambda failure: failure.slide)
 
 
+def _answers(jobs: list[Job], config: TileConfig) -> Generator[pool.Answer[Cut], None, None]:
+    """`cut_slide` of each job, in local processes or on a Beam runner."""
+    if config.beam:
+        return beam_engine.run(cut_slide, jobs, Path(config.out), config.beam, config.slide_timeout)
+    return pool.run(cut_slide, jobs, processes_of(config), config.slide_timeout)
+
+
 def _reason(job: Job, error: Exception | None) -> str:
     """One sentence that names the slide by its id: the store must not depend on where it lay."""
     if isinstance(error, JaxhistoError):
         return str(error).replace(str(job.path), job.id)
     if isinstance(error, pool.TooSlow):
-        return f"{job.id}: {error}; raise --slide-timeout, or leave the slide out"
+        return f"{job.id}: {error}, twice; raise --slide-timeout, or leave the slide out"
     if isinstance(error, pool.ProcessDied):
         return (
             f"{job.id}: {error}, twice: the file is damaged or memory ran out; lower --processes, "

@@ -1,0 +1,58 @@
+"""Files that are whole or not there: a temporary name, the disk's word for it, then a rename."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from jaxhisto.errors import StoreError
+
+
+def write_file(store: Path, file: Path, text: str) -> None:
+    """Writes text under a temporary name and renames it; StoreError if the disk refuses."""
+    with writing(store):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(file)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            settle(temporary, file)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def temporary_name(file: Path) -> Path:
+    """A name beside the file that no other process takes, on whatever host."""
+    return file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+
+
+def settle(temporary: Path, file: Path) -> None:
+    """Renames a written file once its bytes, and then its name, are on the disk."""
+    sync(temporary)
+    os.replace(temporary, file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, would survive a loss of power."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a StoreError with a remedy."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
+        why = error.strerror if isinstance(error, OSError) else str(error).split(";")[0]
+        raise StoreError(
+            f"{store}: cannot be written ({why}); free space or rights there and run the same "
+            "command again, or choose another --out"
+        ) from error
