@@ -23,7 +23,7 @@ from jaxhisto.data import file_kinds
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.image_source import matches
 from jaxhisto.data.images import ImageError, decode_jpeg
-from jaxhisto.data.store import TileStore, dataset_of, is_store, is_unfinished
+from jaxhisto.data.store import TileStore, dataset_of, is_store
 from jaxhisto.errors import StoreError
 
 
@@ -216,7 +216,5 @@ def open_source(path: Path, config: DataConfig) -> Source:
     """The store, folder or file at a path, checked whole."""
     # Not Path.is_dir: it raises on a name too long for the file system.
     if os.path.isdir(path):
-        if is_store(path) or is_unfinished(path):  # which StoreSource refuses in its own words
-            return StoreSource(path, config)
-        return FolderSource(path, config)
+        return StoreSource(path, config) if is_store(path) else FolderSource(path, config)
     return file_kinds.opened(path, config)

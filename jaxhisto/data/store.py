@@ -19,7 +19,6 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -30,7 +29,6 @@ from jaxhisto.errors import StoreError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
-SETTINGS = "settings.json"  # in UNFINISHED, from the start of a run
 FORMAT, FIRST_FORMAT = "jaxhisto-tiles-2", "jaxhisto-tiles-1"
 OPEN_SHARDS = 256  # readers kept open: each holds a file descriptor, of which a process has 1024
 
@@ -150,12 +148,6 @@ def dataset_of(manifest: Mapping[str, Any], slide: Mapping[str, Any]) -> str:
 def is_store(path: Path | str) -> bool:
     """True for a folder that says it is a finished tile store; opening it verifies that."""
     return (Path(path) / MANIFEST).is_file()
-
-
-def is_unfinished(path: Path | str) -> bool:
-    """True for a folder that `jaxhisto tile` is making a store of, or was stopped at."""
-    begun = os.path.isfile(Path(path) / UNFINISHED / SETTINGS)  # no other folder has that
-    return begun and not is_store(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
