@@ -60,6 +60,7 @@ def write_report(manifest: Record, store: Path, notes: Sequence[str] = ()) -> st
     Raises:
       StoreError: the folder cannot be written.
     """
+    _drop_halves(store)
     write_file(store, store / "report.csv", csv_text(manifest))
     pages: dict[str, Callable[[], str]] = {}
     slides = manifest["slides"]
@@ -306,6 +307,12 @@ def _by_dataset(manifest: Record) -> dict[str, tuple[list[Record], list[Record]]
 def _dataset_of_failure(manifest: Record, failure: Mapping[str, str]) -> str:
     by_folder = manifest["settings"].get("dataset_by_folder")
     return str(failure["slide"].partition("/")[0] if by_folder else manifest["dataset"])
+
+
+def _drop_halves(store: Path) -> None:
+    """What a killed run was writing: nobody else writes here once all slides are cut."""
+    for half in (*store.glob("report.*.tmp"), *(store / "report").glob("*.tmp")):
+        half.unlink(missing_ok=True)
 
 
 def _drop_other_pages(folder: Path, keep: set[str]) -> None:

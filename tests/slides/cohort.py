@@ -260,10 +260,10 @@ if os.geteuid() != 0:  # root may read everything
     BROKEN["locked"] = ("tif", _locked)
 
 
-def make_cohort(folder: Path, slides: int, seed: int = 0) -> dict[str, Expected]:
+def make_cohort(folder: Path, slides: int, seed: int = 0, every: int = 11) -> dict[str, Expected]:
     """Writes `slides` slides in folders by dataset: slide id -> what must become of it.
 
-    Every eleventh is broken, in every way in turn; some are copies of others, have the same name in
+    One in `every` is broken, in every way in turn; some are copies of others, have the same name in
     two folders, are named in other scripts or as long as the file system allows.
     """
     rng = np.random.default_rng(seed)
@@ -272,7 +272,7 @@ def make_cohort(folder: Path, slides: int, seed: int = 0) -> dict[str, Expected]
     last = None
     for i in range(slides):
         dataset = DATASETS[i % len(DATASETS)]
-        if i % 11 == 5:
+        if i % every == every // 2:
             way, (suffix, make) = next(ways)
             name = f"{dataset}/{way}-{i:05d}.{suffix}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

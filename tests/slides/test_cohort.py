@@ -125,9 +125,10 @@ def test_the_table_has_every_slide(cohort: Cohort, undisturbed: Run) -> None:
 def test_memory_is_flat_over_the_run(undisturbed: Run) -> None:
     print(f"\n{SLIDES} slides in {undisturbed.seconds:.0f} s; {undisturbed.said[-200:]}")
     for who, sizes in [("parent", undisturbed.parent), ("workers", undisturbed.workers)]:
-        # The first samples are of processes that are still loading their libraries.
-        early, late = max(sizes[: len(sizes) // 4]), max(sizes[len(sizes) // 2 :])
-        print(f"{who}: {early >> 20} MiB in the first quarter, {late >> 20} in the second half")
+        # In a short run the processes are still loading their libraries for a quarter of it.
+        part = 4 if SLIDES >= 1000 else 2
+        early, late = max(sizes[: len(sizes) // part]), max(sizes[len(sizes) // 2 :])
+        print(f"{who}: {early >> 20} MiB in the first 1/{part}, {late >> 20} in the second half")
         assert late < early + FLAT
 
 
@@ -174,20 +175,23 @@ def killed(command: list[str], slides: int, rng: random.Random) -> int:
 
 
 def test_a_small_cohort_by_the_verb(tmp_path, capsys):
-    """Every way of being broken once, and `sample` by dataset of what comes of it."""
-    expected = make_cohort(tmp_path / "slides", 11 * len(BROKEN) // 2)
+    """Every way of being broken once."""
+    expected = make_cohort(tmp_path / "slides", 2 * len(BROKEN), every=2)
     failing = [name for name, e in expected.items() if e.reason]
     line = ["tile", str(tmp_path / "slides"), "--dataset-by-folder", *FLAGS]
     line += ["--out", str(tmp_path / "store"), "--processes", "1"]
 
     assert main([*line, "--failures-allowed", str(len(failing) - 1)]) == 1
-    assert main([*line, "--failures-allowed", str(len(failing))]) == 0
-    said = capsys.readouterr().out
-    assert f"{len(expected) - len(failing)} of them from an earlier run" in said
-    slides = TileStore(tmp_path / "store").manifest["slides"]
-    assert {s["id"]: (s["tiles"], s["rejected"]) for s in slides} == {
+    assert f"{len(failing)} failed; look at" in capsys.readouterr().out
+    manifest = TileStore(tmp_path / "store").manifest
+    assert {s["id"]: (s["tiles"], s["rejected"]) for s in manifest["slides"]} == {
         name: (e.tiles, e.rejected) for name, e in expected.items() if not e.reason
     }
+    reasons = {f["slide"]: f["reason"] for f in manifest["failures"]}
+    assert sorted(reasons) == sorted(failing)
+    for name, reason in reasons.items():
+        assert expected[name].reason in reason
+        assert kind_of(reason) == expected[name].kind
 
 
 def contents(store: Path) -> dict[str, bytes]:
