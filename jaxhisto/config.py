@@ -31,6 +31,9 @@ class TileConfig:
     """Folder of the tile store; made if absent, completed if an earlier run was stopped."""
     dataset: str = ""
     """Dataset name stored with each tile; empty: the name of the store's folder."""
+    dataset_by_folder: bool = False
+    """Each slide's dataset is the first folder below the path given: one store of many datasets,
+    which `sample` keeps apart. `dataset` is then the name of the whole."""
     tile_px: int = within(224, 8, 8192)
     """Side of a tile in pixels (paper: 224)."""
     tile_mpp: float | None = within(None, 0.01, 100)

@@ -133,9 +133,13 @@ def known_datasets(table: str = "") -> dict[str, tuple[str, About]]:
     return found | (dict(_user_rows(Path(table))) if table else {})
 
 
-def nearest_name(name: str, known: Mapping[str, tuple[str, About]]) -> str:
-    """` (did you mean X?)`, or nothing where no known dataset is called alike."""
-    near = difflib.get_close_matches(name_key(name), list(known), 1)
+def nearest_name(name: str, known: Mapping[str, tuple[str, About]], cutoff: float = 0.6) -> str:
+    """` (did you mean X?)`, or nothing where no known dataset is called alike.
+
+    Args:
+      cutoff: how alike, 0..1 (difflib's ratio).
+    """
+    near = difflib.get_close_matches(name_key(name), list(known), 1, cutoff)
     return f" (did you mean {known[near[0]][0]!r}?)" if near else ""
 
 

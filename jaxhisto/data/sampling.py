@@ -102,12 +102,17 @@ def sample(config: SampleConfig) -> Sample:
             f"{config.out}: the rule takes no tile of {sum(there.values()):,}; raise --percent or "
             "--minimum."
         )
-    used = sorted({slide.source for slide in slides})
+    drawn_of = {(slide.source, slide.dataset) for slide in slides}
+    used = sorted({source for source, _ in drawn_of})
     manifest = Manifest(
         rule={k: v for k, v in vars(config).items() if k not in NOT_RULE},
         seed=config.seed,
         sources=sorted(
-            (pool.sources[i] for i in used),
+            (
+                {key: value for key, value in record.items() if key != "source"}
+                for record in pool.sources
+                if (record["source"], record["dataset"]) in drawn_of
+            ),
             key=lambda s: (s["dataset"], s["kind"], s["hash"]),
         ),
         datasets=[

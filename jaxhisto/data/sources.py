@@ -25,7 +25,7 @@ from jaxhisto.data.features import Place
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.image_source import matches
 from jaxhisto.data.images import ImageError, decode_jpeg
-from jaxhisto.data.store import TileStore, is_store
+from jaxhisto.data.store import TileStore, dataset_of, is_store
 from jaxhisto.errors import StoreError
 
 
@@ -262,9 +262,12 @@ class StoreSource:
     def line(self) -> str:
         left_out = len(self._slides) - len(self)
         mpp = self.mpp_range()
+        manifest = self._store.manifest
+        datasets = {dataset_of(manifest, s) for s in manifest["slides"] if s["id"] in self.slides}
         return (
             f"{self.path}: store, {len(self):,} tiles of {len(self.slides)} slides"
-            f", {self.canvas[0]} px"
+            + (f" of {len(datasets)} datasets" if len(datasets) > 1 else "")
+            + f", {self.canvas[0]} px"
             + (f", {mpp[0]:g} to {mpp[1]:g} um/px" if mpp else "")
             + (f", {left_out:,} tiles excluded" if left_out else "")
         )

@@ -22,6 +22,7 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class TileStore:
       manifest: the whole manifest.
       hash: its hash; two stores with the same one hold the same bytes.
       tile_px: side of the tiles in pixels.
-      dataset: name of the dataset.
+      dataset: name of the dataset, or of the whole where each slide has its own (`dataset_of`).
     """
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
@@ -138,6 +139,11 @@ class TileStore:
             if len(self._readers) > OPEN_SHARDS:
                 self._readers.popitem(last=False)
             return self._readers[shard]
+
+
+def dataset_of(manifest: Mapping[str, Any], slide: Mapping[str, Any]) -> str:
+    """The dataset of a slide by its manifest entry: its own, or the whole store's."""
+    return str(slide.get("dataset") or manifest["dataset"])
 
 
 def is_store(path: Path | str) -> bool:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -324,7 +325,8 @@ class StoreWriter:
     def _drop_stale(self) -> None:
         keep = {slide_key(entry["id"]) for entry in (self.manifest or {"slides": []})["slides"]}
         for fragment in (self.path / "report").glob("*.html"):
-            if fragment.stem not in keep:
+            # Other names are those of the datasets' pages.
+            if re.fullmatch(r"[0-9a-f]{20}", fragment.stem) and fragment.stem not in keep:
                 fragment.unlink(missing_ok=True)
         self._drop_shards()
         # What is known of a slide goes after its tiles, which it tells whole from half-written.

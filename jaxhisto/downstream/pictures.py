@@ -18,8 +18,8 @@ from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.downstream_config import PicturesConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.slides.cutting import Job
+from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.reader import RegionError, Slide
-from jaxhisto.slides.tiling import find_slides
 
 Pixels = NDArray[np.uint8]
 NAMED = 5  # missing tiles that a line names

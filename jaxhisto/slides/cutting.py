@@ -1,6 +1,6 @@
 """One slide to one part of the store: grid, foreground, draw, read. Runs in a worker process.
 
-Every cell of the grid is either kept or rejected for one of report's `REASONS`.
+Every cell of the grid is either kept or rejected for one of `report_parts.REASONS`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from jaxhisto.slides.reader import (
     content_hash,
     file_stamp,
 )
-from jaxhisto.slides.report import REASONS, fitted, slide_section
+from jaxhisto.slides.report import fitted, slide_section
+from jaxhisto.slides.report_parts import REASONS
 
 CONTACTS, CONTACT_PX = 24, 96  # tiles on the contact sheet, and their side
 PICTURE_PX = 900  # longest side of the report's picture of the slide, about
@@ -56,6 +57,8 @@ class Job:
       config: all settings of the run; `dataset` filled in.
       known: manifest entry of this slide if a whole part of it is there.
       others: further files of the same slide (a DICOM series).
+      dataset: of its tiles; empty: the config's.
+      also: further ids under which the same file is found.
     """
 
     path: Path
@@ -64,6 +67,8 @@ class Job:
     config: TileConfig
     known: dict[str, Any] | None = None
     others: tuple[Path, ...] = ()
+    dataset: str = ""
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -162,12 +167,13 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
         raise SlideError(_nothing(slide, config, mask, grid, draw, fit))
     record = {
         "id": job.id,
+        "dataset": job.dataset or config.dataset,
         **file,
         "width": slide.width,
         "height": slide.height,
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
-        "notes": [*slide.notes, *filter(None, (fit, ink_note(ink, mask)))],
+        "notes": [*slide.notes, *_damage(draw), *filter(None, (fit, ink_note(ink, mask)))],
         "tile_mpp": scale.mpp,
         "tiles": part["tiles"],
         "rejected": draw.rejected,
@@ -235,7 +241,8 @@ def _tiles(
         if len(draw.contacts) < CONTACTS:
             draw.contacts.append(_small(rgb, CONTACT_PX))
         jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
-        yield Tile(jpeg, job.id, config.dataset, x, y, scale.mpp, slide.mpp_source)
+        dataset = job.dataset or config.dataset
+        yield Tile(jpeg, job.id, dataset, x, y, scale.mpp, slide.mpp_source)
 
 
 def _picture(slide: Slide, view: Overview) -> Pixels:
@@ -259,6 +266,12 @@ def own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
 
 def _small(rgb: Pixels, side: int) -> Pixels:
     return np.asarray(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _damage(draw: Draw) -> list[str]:
+    """A note where cells were lost: the rest of a file that was cut off is still a slide."""
+    lost = draw.rejected["unreadable"]
+    return [f"{lost} cells cannot be read: the file is damaged or cut off there"] if lost else []
 
 
 def _nothing(

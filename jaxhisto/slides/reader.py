@@ -29,7 +29,7 @@ from jaxhisto.slides.tiff_reader import (
     TIFF_STARTS,
     TiffHandle,
     TiffRegionError,
-    refuse_grey_and_deep,
+    refuse_unfit,
 )
 
 Pixels = NDArray[np.uint8]
@@ -44,6 +44,8 @@ SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0
 SMALLEST = 128  # side to which a block that cannot be read is split, px
 MOST_SPLITS = 500  # after these, blocks are given up whole: each split reopens the file four times
 OME = "<OME "  # in the description of an OME-TIFF
+UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
+MOST_OVERVIEW = 1 << 30  # bytes of a reduced slide; one of 250,000 px squared takes 0.3 GB
 BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
 
 
@@ -185,6 +187,9 @@ class Slide:
         factor with area averaging, block by block, so that a slide without a pyramid fits in
         memory. What cannot be read, in blocks of about `SMALLEST` pixels, is left out and not
         `known`.
+
+        Raises:
+          SlideError: it would not fit in `MOST_OVERVIEW`; nothing is allocated before.
         """
         level = min(
             range(len(self.downsamples)),
@@ -193,6 +198,12 @@ class Slide:
         factor = max(1, round(downsample / self.downsamples[level]))
         width, height = self._level_sizes[level]
         shape = (math.ceil(height / factor), math.ceil(width / factor))
+        if (size := shape[0] * shape[1] * 5) > MOST_OVERVIEW:  # three colours, two flags
+            raise SlideError(
+                f"{self.path}: states {self.width} x {self.height} px of {self.mpp:g} um, too "
+                f"large: an overview of it takes {size / 2**30:.1f} GiB; check both, or leave it "
+                "out"
+            )
         rgb = np.full((*shape, 3), 255, np.uint8)
         there, known = np.zeros(shape, bool), np.ones(shape, bool)
         ratio = self.downsamples[level]
@@ -291,11 +302,15 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
     except openslide.OpenSlideUnsupportedFormatError as error:
         if start in TIFF_STARTS:
             return TiffHandle(path)
+        _refuse_lone_index(path)
         raise SlideError(
             f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
             "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
         ) from error
     except openslide.OpenSlideError as error:
+        if UNPACKED in str(error) and start in TIFF_STARTS:
+            return TiffHandle(path)
+        _refuse_lone_index(path)
         raise SlideError(
             f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
             "again, or leave it out"
@@ -307,11 +322,21 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
         return TiffHandle(path)
     if handle.properties.get("openslide.vendor") == "generic-tiff":
         try:
-            refuse_grey_and_deep(path)  # OpenSlide would make 8-bit RGB of them, unasked
+            refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
         except SlideError:
             handle.close()
             raise
     return handle
+
+
+def _refuse_lone_index(path: Path) -> None:
+    """SlideError for a MIRAX index without the folder that holds its pixels."""
+    folder = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and not folder.is_dir():
+        raise SlideError(
+            f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
+            "that too, or leave the slide out"
+        )
 
 
 def _blocks(area: Area, side: int) -> Iterator[Area]:

@@ -18,9 +18,9 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.features import Place
 from jaxhisto.errors import SlideError, StoreError
 from jaxhisto.slides.cutting import Grid, Job, order, own_reason
+from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.foreground import MASK_MPP, detect, shares
 from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide, content_hash
-from jaxhisto.slides.tiling import find_slides
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from jaxhisto.data.store import TileStore, is_store
 from jaxhisto.errors import ConfigError, SlideError, StoreError
 from jaxhisto.settings import to_json
 from jaxhisto.slides.cutting import Grid, order
-from jaxhisto.slides.tiling import checked, find_slides, tile
+from jaxhisto.slides.finding import find_slides
+from jaxhisto.slides.tiling import checked, tile
 
 RUN = """
 import sys
