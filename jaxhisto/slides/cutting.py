@@ -135,6 +135,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
         )
     view = slide.overview(MASK_MPP / slide.mpp)
     mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
+    picture = _picture(slide, view)  # before the tiles: what it reads is decoded still
     draw = Draw()
     draw.rejected["outside"] = grid.outside
     part = write_part(Path(config.out), job.id, _tiles(slide, job, scale, grid, view, mask, draw))
@@ -156,7 +157,7 @@ def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
     }
     section = slide_section(
         record,
-        _picture(slide, view),
+        picture,
         mask,
         view.downsample,
         scale.side,

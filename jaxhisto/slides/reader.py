@@ -1,10 +1,11 @@
 """Open a slide and read tiles of it at a stated pixel size.
 
 OpenSlide reads it; OME-TIFF, and a TIFF that OpenSlide refuses, are left to `tiff_reader`, whose
-handle answers as OpenSlide's does. Pixels are RGB, uint8, as the file holds them. OpenSlide
-returns RGBA: it leaves what a file does not hold transparent (regions a scanner skipped, and all
-beyond the edge). A tile with any such pixel is refused as `transparent`, one that cannot be
-decoded as `unreadable`; neither is ever painted.
+handle answers as OpenSlide's does; JPEG tiles are decoded by `jpeg_tiles` where that gives the
+same pixels sooner. Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it
+leaves what a file does not hold transparent (regions a scanner skipped, and all beyond the edge).
+A tile with any such pixel is refused as `transparent`, one that cannot be decoded as
+`unreadable`; neither is ever painted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.jpeg_tiles import JpegTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 from jaxhisto.slides.tiff_reader import (
     TIFF_STARTS,
@@ -117,6 +119,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+        self._jpeg: JpegTiles | None = None
 
     def __enter__(self) -> Slide:
         return self
@@ -128,6 +131,21 @@ class Slide:
         at: TracebackType | None,
     ) -> None:
         self._handle.close()
+        if self._jpeg:
+            self._jpeg.close()
+
+    @property
+    def jpeg(self) -> JpegTiles:
+        """What can be read by the slide's own JPEG tiles."""
+        if self._jpeg is None:  # not before: a slide that is cut already is opened all the same
+            self._jpeg = JpegTiles(
+                self.path,
+                self._handle.properties,
+                self._level_sizes,
+                self.downsamples,
+                self._by_handle,
+            )
+        return self._jpeg
 
     def scale(self, tile_px: int, mpp: float | None) -> Scale:
         """Chooses the level for tiles of `tile_px` pixels at `mpp`; None: level 0 as it is.
@@ -217,14 +235,21 @@ class Slide:
 
     def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         region = self._region(level, x, y, width, height)
+        if region.shape[2] == 3:
+            return region
         if region[..., 3].min() < 255:
             raise RegionError(
                 f"{self.path}: the file holds no pixels at ({x}, {y}), level {level}", "transparent"
             )
-        return np.ascontiguousarray(region[..., :3])
+        return np.asarray(cv2.cvtColor(region, cv2.COLOR_RGBA2RGB), np.uint8)
 
     def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """(height, width, 4) RGBA; x, y in level-0 pixels, width and height in the level's."""
+        """(height, width, 3) RGB or 4, RGBA; x, y in level-0 pixels, the size in the level's."""
+        decoded = self.jpeg.region(level, x, y, width, height)
+        return self._by_handle(level, x, y, width, height) if decoded is None else decoded
+
+    def _by_handle(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """As `_region`, RGBA, by OpenSlide or tifffile."""
         try:
             return np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except TiffRegionError as error:
@@ -307,17 +332,20 @@ def _blocks(area: Area, side: int) -> Iterator[Area]:
 
 def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:
     """RGB on white and the flag `there` (at least half opaque), both reduced by `factor`."""
-    alpha = block[..., 3]
-    rgb = block[..., :3]
-    if alpha.min() < 255:
+    if block.shape[2] == 4 and block[..., 3].min() < 255:
+        alpha = block[..., 3]
         weight = alpha[..., None].astype(np.float32) / 255
-        rgb = np.rint(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
-    down, right = -alpha.shape[0] % factor, -alpha.shape[1] % factor
-    both = np.dstack([rgb, alpha])
-    padded = cv2.copyMakeBorder(both, 0, down, 0, right, cv2.BORDER_REPLICATE)
-    size = (padded.shape[1] // factor, padded.shape[0] // factor)
-    small = cv2.resize(padded, size, interpolation=cv2.INTER_AREA) if factor > 1 else padded
-    return np.asarray(small[..., :3], np.uint8), np.asarray(small[..., 3] >= 128)
+        rgb = np.rint(block[..., :3] * weight + 255 * (1 - weight)).astype(np.uint8)
+        block = np.dstack([rgb, alpha])
+    down, right = -block.shape[0] % factor, -block.shape[1] % factor
+    if down or right:
+        replicated = cv2.copyMakeBorder(block, 0, down, 0, right, cv2.BORDER_REPLICATE)
+        block = np.asarray(replicated, np.uint8)
+    if factor > 1:
+        size = (block.shape[1] // factor, block.shape[0] // factor)
+        block = np.asarray(cv2.resize(block, size, interpolation=cv2.INTER_AREA), np.uint8)
+    there = block[..., 3] >= 128 if block.shape[2] == 4 else np.ones(block.shape[:2], bool)
+    return np.asarray(block[..., :3], np.uint8), there
 
 
 def _file_hash(path: Path) -> str:
