@@ -12,6 +12,8 @@ damaged data, some of which OpenSlide refuses. Without it nothing is read here.
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import logging
 import struct
 from collections import OrderedDict
@@ -36,8 +38,9 @@ Reference = Callable[[int, int, int, int, int], Pixels]  # level, x, y, width, h
 
 VENDORS = ("aperio", "generic-tiff")  # whose levels are grids that start at (0, 0)
 CACHE = 64 << 20  # bytes of decoded tiles kept: a row of 256-px ones on a slide 85,000 px wide
-# Two decoders that differ in how they upsample or convert colour agree on glass.
-DETAIL = 32  # range of each channel from which a tile can tell them apart
+# Decoders that differ in how they upsample or convert colours agree on glass.
+COLOURS = 40  # range of R - G and of B - G from which a tile can tell them apart
+TRIED = 3  # tiles looked at, the most detailed of a level, before nothing of it is copied
 
 JPEG, RGB, YCBCR = 7, 2, 6  # TIFF compression, photometric interpretations
 SOI, APP0 = b"\xff\xd8", b"\xff\xe0"
@@ -88,6 +91,7 @@ class JpegTiles:
         self._file: tifffile.TiffFile | None = None
         self._levels: dict[int, JpegLevel] = {}
         self._proven: set[int] = set()
+        self._tried: set[int] = set()
         self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self._cached = 0
         if simplejpeg is None or properties.get("openslide.vendor") not in VENDORS:
@@ -134,30 +138,45 @@ class JpegTiles:
         except (ValueError, OSError, SlideError):
             return None
 
-    def standalone(self, level: int, x: int, y: int, side: int) -> bytes | None:
-        """The one tile that is exactly this square, as a JPEG file of its own that is whole.
-
-        Returns:
-          The file's bytes as the slide holds them, with its tables and its kind of colours put
-          in; None where the square is no such tile, or its pixels are not proven.
-        """
-        pixels = self.region(level, x, y, side, side)
-        at = self._levels.get(level)
-        if pixels is None or at is None or self.refusal(level, side):
-            return None
-        left, top = int(x / self._downsamples[level]), int(y / self._downsamples[level])
-        if left % side or top % side or level not in self._proven:
-            return None
-        return self._jpeg(at, top // side * at.across + left // side)
-
     def refusal(self, level: int, side: int) -> str:
-        """Why no square of this side is a tile of the level; empty where it may be."""
+        """Why no square of this side can be copied from the level; empty where some can."""
         at = self._levels.get(level)
         if at is None:
             return "it has no JPEG tiles that can be copied"
         if (at.tile_width, at.tile_height) != (side, side):
             return f"its JPEG tiles are {at.tile_width} x {at.tile_height} px"
-        return ""
+        if level not in self._proven and level not in self._tried:
+            self._tried.add(level)
+            for index in heapq.nlargest(TRIED, range(len(at.counts)), at.counts.__getitem__):
+                with contextlib.suppress(ValueError, OSError, SlideError):
+                    self._same(level, at, [index])
+        proven = level in self._proven
+        return "" if proven else "its JPEG tiles are not seen to be what OpenSlide reads"
+
+    def copied(self, level: int, x: int, y: int, side: int) -> bytes | None:
+        """The tile that is exactly this square, undecoded: a JPEG file of its own, RGB or YCbCr.
+
+        Args:
+          level: of which `refusal` says nothing.
+          x, y: level-0 pixels.
+          side: pixels of the level.
+
+        Returns:
+          The slide's bytes with the tables and the kind of colours put in; None where the square
+          is no such tile, is cut by the edge, or where the tile is damaged.
+        """
+        at = self._levels.get(level)
+        left, top = x / self._downsamples[level], y / self._downsamples[level]
+        if at is None or left % side or top % side:
+            return None
+        if left + side > at.width or top + side > at.height:
+            return None
+        index = int(top) // side * at.across + int(left) // side
+        try:
+            self._tile(level, at, index)  # what is stored has been decoded without a warning
+            return self._jpeg(at, index)
+        except (ValueError, OSError):
+            return None
 
     def _same(self, level: int, at: JpegLevel, indices: Sequence[int]) -> bool:
         """Whether OpenSlide reads the most detailed of these tiles as it is decoded here."""
@@ -171,7 +190,8 @@ class JpegTiles:
         ours = self._tile(level, at, index)[:height, :width]
         if theirs[..., 3].min() < 255 or not np.array_equal(ours, theirs[..., :3]):
             return False
-        if int(np.ptp(ours, axis=(0, 1)).min()) >= DETAIL:
+        red, green, blue = (ours[..., i].astype(np.int16) for i in range(3))
+        if min(np.ptp(red - green), np.ptp(blue - green)) >= COLOURS:
             self._proven.add(level)
         return True
 

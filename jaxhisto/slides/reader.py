@@ -177,9 +177,7 @@ class Slide:
           RegionError: the region cannot be decoded, or part of it is not in the file.
         """
         downsample = self.downsamples[scale.level]
-        # OpenSlide interpolates between level pixels unless it starts on one.
-        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
-        start_x, start_y = round(left * downsample), round(top * downsample)
+        left, top, start_x, start_y = self._start(x, y, scale.level)
         if scale.level_side == tile_px:
             return self._opaque(scale.level, start_x, start_y, tile_px, tile_px)
         box_x, box_y = max(0.0, (x - start_x) / downsample), max(0.0, (y - start_y) / downsample)
@@ -195,6 +193,12 @@ class Slide:
         )
         image = Image.fromarray(region).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box)
         return np.asarray(image)
+
+    def copied(self, x: int, y: int, tile_px: int, scale: Scale) -> bytes | None:
+        """The tile that `read` gives, as the JPEG that lies in the slide; None if none does."""
+        if scale.level_side != tile_px or self.jpeg.refusal(scale.level, tile_px):
+            return None
+        return self.jpeg.copied(scale.level, *self._start(x, y, scale.level)[2:], tile_px)
 
     def overview(self, downsample: float) -> Overview:
         """The slide at about `downsample` level-0 pixels a pixel.
@@ -232,6 +236,13 @@ class Slide:
             known[rows, columns] = True
             rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
         return Overview(rgb, there, known, self.downsamples[level] * factor)
+
+    def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
+        """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
+        # OpenSlide interpolates between level pixels unless it starts on one.
+        downsample = self.downsamples[level]
+        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
+        return left, top, round(left * downsample), round(top * downsample)
 
     def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         region = self._region(level, x, y, width, height)

@@ -92,6 +92,8 @@ def tile(config: TileConfig) -> TileResult:
     store = Path(config.out)
     jobs = find_slides(config)
     settings = {k: v for k, v in identity(config).items() if k not in PER_SLIDE}
+    if not config.passthrough:  # stores from before there was such a setting can be completed
+        del settings["passthrough"]
     with StoreWriter(store, settings) as writer, Progress(len(jobs)) as progress:
         _refuse_shrinking(writer, jobs)
         jobs = [dataclasses.replace(job, known=writer.finished(job.id)) for job in jobs]

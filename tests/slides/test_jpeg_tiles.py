@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,14 +15,17 @@ import openslide
 import pytest
 import tifffile
 from made_slides import GLASS, half_tissue, painted, write_slide
+from PIL import Image
 
 from jaxhisto.config import TileConfig
-from jaxhisto.data.store import UNFINISHED
-from jaxhisto.data.store_writer import Tile, slide_key
+from jaxhisto.data.store import UNFINISHED, TileStore
+from jaxhisto.data.store_writer import StoreWriter, Tile, slide_key
+from jaxhisto.errors import StoreError
 from jaxhisto.slides import cutting, jpeg_tiles
 from jaxhisto.slides.cutting import Job, cut_slide
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import RegionError, Slide
+from jaxhisto.slides.tiling import tile
 
 COLOURS = [("ycbcr", (1, 1)), ("ycbcr", (2, 1)), ("ycbcr", (2, 2)), ("rgb", (1, 1))]
 
@@ -221,6 +225,91 @@ def test_a_store_is_the_same_without_it(tmp_path, monkeypatch, changes):
     assert cut(path, tmp_path / "without", **changes) == with_it
 
 
+def stored(out: Path) -> list[dict]:
+    """The tiles of a store."""
+    store = TileStore(out)
+    return [store[i] for i in range(len(store))]
+
+
+@pytest.mark.parametrize("colours", COLOURS)
+def test_passthrough_keeps_the_slides_own_jpegs(tmp_path, colours):
+    """What any decoder makes of a stored tile is what OpenSlide reads there."""
+    path = write_jpeg_slide(tmp_path / "a.tif", detailed(1112, 776), colours, side=128)
+    record, _ = cut(path, tmp_path / "out", tile_px=128, foreground="od", passthrough=True)
+    assert record["tiles"] >= 10
+    assert record["notes"] == [
+        f"passthrough: {record['tiles']} of {record['tiles']} tiles are the slide's own JPEGs"
+    ]
+    with StoreWriter(tmp_path / "out", {}) as writer:
+        writer.finish([record], {"dataset": "d", "tile_px": 128}, lambda _: "")
+    raw = path.read_bytes()
+    for kept in stored(tmp_path / "out"):
+        x, y, data = int(kept["x"]), int(kept["y"]), kept["image"]
+        expected = theirs(path, x, y, 0, 128, 128)
+        by_opencv = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        np.testing.assert_array_equal(by_opencv[..., ::-1], expected)
+        with Image.open(io.BytesIO(data)) as image:
+            np.testing.assert_array_equal(np.asarray(image.convert("RGB")), expected)
+        offset, count = place(path, y // 128 * 9 + x // 128)
+        assert data.endswith(raw[offset + count - 1000 : offset + count])
+
+
+def test_passthrough_of_real_slides_is_what_openslide_reads(shared_data, tmp_path):
+    """Shared tables and RGB (Aperio), JFIF and YCbCr 4:2:0 (generic)."""
+    for name, side in [("CMU-1-Small-Region.svs", 240), ("her2st_C2_pyramid.tiff", 256)]:
+        path, count = shared_data / "wsi" / name, 0
+        with Slide(path) as slide, openslide.OpenSlide(path) as plain:
+            scale = slide.scale(side, None)
+            for x in range(0, slide.width - side + 1, 3 * side):
+                for y in range(0, slide.height - side + 1, 3 * side):
+                    data = slide.copied(x, y, side, scale)
+                    assert data is not None
+                    got = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+                    want = plain.read_region((x, y), 0, (side, side)).convert("RGB")
+                    np.testing.assert_array_equal(got, np.asarray(want))
+                    count += 1
+        assert count >= 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"tile_px": 100}, "its JPEG tiles are 256 x 256 px"),
+        ({"tile_px": 256, "tile_mpp": 0.7}, "they are resized from another um/px"),
+    ],
+)
+def test_what_does_not_line_up_is_encoded_and_said(tmp_path, changes, why):
+    path = write_jpeg_slide(tmp_path / "a.tif", detailed(1112, 776))
+    changes = {"foreground": "od", **changes}
+    plain, _ = cut(path, tmp_path / "plain", **changes)
+    record, _ = cut(path, tmp_path / "out", passthrough=True, **changes)
+    assert record.pop("notes") == [f"passthrough: all tiles are encoded anew, since {why}"]
+    assert plain.pop("notes") == []
+    assert record == plain
+
+
+def test_a_damaged_tile_is_not_passed_through(tmp_path):
+    path = write_jpeg_slide(tmp_path / "a.tif", detailed(768, 512))
+    offset, count = place(path, 4)
+    data = bytearray(path.read_bytes())
+    data[offset + count // 2 : offset + count] = bytes(count - count // 2)
+    path.write_bytes(data)
+    with Slide(path) as slide:
+        scale = slide.scale(256, None)
+        assert slide.copied(0, 0, 256, scale) is not None
+        assert slide.copied(256, 256, 256, scale) is None
+        assert slide.copied(10, 0, 256, scale) is None
+
+
+def test_passthrough_is_a_setting_of_the_store(tmp_path):
+    path = write_jpeg_slide(tmp_path / "a.tif", detailed(768, 512))
+    out = tmp_path / "store"
+    plain = dataclasses.replace(settings(path, out, foreground="od"), processes=1)
+    assert "passthrough" not in tile(plain).manifest["settings"]
+    with pytest.raises(StoreError, match="passthrough None there, True now"):
+        tile(dataclasses.replace(plain, passthrough=True))
+
+
 @pytest.mark.parametrize(
     ("cap", "digest"),
     [
@@ -237,8 +326,9 @@ def test_which_tiles_in_which_order_is_settled(tmp_path, monkeypatch, cap, diges
 
     def hashed(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, object]:
         sums, count = hashlib.sha256(), 0
-        for count, tile in enumerate(tiles, 1):  # noqa: B007
-            sums.update(repr(dataclasses.astuple(tile)).encode())
+        for each in tiles:
+            sums.update(repr(dataclasses.astuple(each)).encode())
+            count += 1
         return {"tiles": count, "bytes": 0, "sha256": sums.hexdigest()}
 
     monkeypatch.setattr(cutting, "encode_jpeg", lambda rgb, *_: rgb.tobytes())
