@@ -60,6 +60,9 @@ class TileConfig:
     """JPEG quality of the stored tiles, 1..100. Ours."""
     jpeg_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:4:4"
     """Chroma subsampling of the stored tiles; stains live in chroma, so 4:4:4. Ours."""
+    passthrough: bool = False
+    """Store the slide's own JPEG tiles as they are where those are the tiles asked for (same side,
+    no resizing; Aperio and generic TIFF), at the slide's quality and subsampling. Ours."""
     failures_allowed: int = within(0, 0, MANY, operational=True)
     """Slides that may fail before the exit code is 1; the store is complete without them."""
     processes: int = within(0, 0, MANY, operational=True)

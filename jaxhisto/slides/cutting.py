@@ -87,6 +87,7 @@ class Draw:
     kept: list[tuple[int, int]] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)
     contacts: list[Pixels] = field(default_factory=list)
+    copied: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
     mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
     ink = pen_marks(view.rgb, config.pen, slide.mpp * view.downsample)
     fit = fit_note(view, mask, config.foreground, slide.mpp * view.downsample)
+    picture = _picture(slide, view)  # before the tiles: what it reads is decoded still
     draw = Draw()
     draw.rejected["outside"] = grid.outside
     part = write_part(
@@ -173,7 +175,12 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
         "height": slide.height,
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
-        "notes": [*slide.notes, *_damage(draw), *filter(None, (fit, ink_note(ink, mask)))],
+        "notes": [
+            *slide.notes,
+            *_damage(draw),
+            *filter(None, (fit, ink_note(ink, mask))),
+            *_passed_through(slide, config, scale, draw),
+        ],
         "tile_mpp": scale.mpp,
         "tiles": part["tiles"],
         "rejected": draw.rejected,
@@ -182,7 +189,7 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
     }
     section = slide_section(
         record,
-        _picture(slide, view),
+        picture,
         mask,
         view.downsample,
         scale.side,
@@ -240,9 +247,24 @@ def _tiles(
         draw.kept.append((x, y))
         if len(draw.contacts) < CONTACTS:
             draw.contacts.append(_small(rgb, CONTACT_PX))
-        jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
+        jpeg = slide.copied(x, y, config.tile_px, scale) if config.passthrough else None
+        draw.copied += jpeg is not None
+        if jpeg is None:
+            jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
         dataset = job.dataset or config.dataset
         yield Tile(jpeg, job.id, dataset, x, y, scale.mpp, slide.mpp_source)
+
+
+def _passed_through(slide: Slide, config: TileConfig, scale: Scale, draw: Draw) -> list[str]:
+    """What became of --passthrough, as a note of the slide."""
+    if not config.passthrough:
+        return []
+    if draw.copied:
+        return [f"passthrough: {draw.copied} of {len(draw.kept)} tiles are the slide's own JPEGs"]
+    why = slide.jpeg.refusal(scale.level, config.tile_px)
+    if scale.level_side != config.tile_px:
+        why = "they are resized from another um/px"
+    return [f"passthrough: all tiles are encoded anew, since {why or 'none lies on the grid'}"]
 
 
 def _picture(slide: Slide, view: Overview) -> Pixels:

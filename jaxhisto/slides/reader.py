@@ -1,10 +1,11 @@
 """Open a slide and read tiles of it at a stated pixel size.
 
 OpenSlide reads it; OME-TIFF, and a TIFF that OpenSlide refuses, are left to `tiff_reader`, whose
-handle answers as OpenSlide's does. Pixels are RGB, uint8, as the file holds them. OpenSlide
-returns RGBA: it leaves what a file does not hold transparent (regions a scanner skipped, and all
-beyond the edge). A tile with any such pixel is refused as `transparent`, one that cannot be
-decoded as `unreadable`; neither is ever painted.
+handle answers as OpenSlide's does; JPEG tiles are decoded by `jpeg_tiles` where that gives the
+same pixels sooner. Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it
+leaves what a file does not hold transparent (regions a scanner skipped, and all beyond the edge).
+A tile with any such pixel is refused as `transparent`, one that cannot be decoded as
+`unreadable`; neither is ever painted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.jpeg_tiles import JpegTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 from jaxhisto.slides.tiff_reader import (
     TIFF_STARTS,
@@ -119,6 +121,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+        self._jpeg: JpegTiles | None = None
 
     def __enter__(self) -> Slide:
         return self
@@ -130,6 +133,21 @@ class Slide:
         at: TracebackType | None,
     ) -> None:
         self._handle.close()
+        if self._jpeg:
+            self._jpeg.close()
+
+    @property
+    def jpeg(self) -> JpegTiles:
+        """What can be read by the slide's own JPEG tiles."""
+        if self._jpeg is None:  # not before: a slide that is cut already is opened all the same
+            self._jpeg = JpegTiles(
+                self.path,
+                self._handle.properties,
+                self._level_sizes,
+                self.downsamples,
+                self._by_handle,
+            )
+        return self._jpeg
 
     def scale(self, tile_px: int, mpp: float | None) -> Scale:
         """Chooses the level for tiles of `tile_px` pixels at `mpp`; None: level 0 as it is.
@@ -161,9 +179,7 @@ class Slide:
           RegionError: the region cannot be decoded, or part of it is not in the file.
         """
         downsample = self.downsamples[scale.level]
-        # OpenSlide interpolates between level pixels unless it starts on one.
-        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
-        start_x, start_y = round(left * downsample), round(top * downsample)
+        left, top, start_x, start_y = self._start(x, y, scale.level)
         if scale.level_side == tile_px:
             return self._opaque(scale.level, start_x, start_y, tile_px, tile_px)
         box_x, box_y = max(0.0, (x - start_x) / downsample), max(0.0, (y - start_y) / downsample)
@@ -179,6 +195,12 @@ class Slide:
         )
         image = Image.fromarray(region).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box)
         return np.asarray(image)
+
+    def copied(self, x: int, y: int, tile_px: int, scale: Scale) -> bytes | None:
+        """The tile that `read` gives, as the JPEG that lies in the slide; None if none does."""
+        if scale.level_side != tile_px or self.jpeg.refusal(scale.level, tile_px):
+            return None
+        return self.jpeg.copied(scale.level, *self._start(x, y, scale.level)[2:], tile_px)
 
     def overview(self, downsample: float) -> Overview:
         """The slide at about `downsample` level-0 pixels a pixel.
@@ -226,16 +248,30 @@ class Slide:
             rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
         return Overview(rgb, there, known, self.downsamples[level] * factor)
 
+    def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
+        """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
+        # OpenSlide interpolates between level pixels unless it starts on one.
+        downsample = self.downsamples[level]
+        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
+        return left, top, round(left * downsample), round(top * downsample)
+
     def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         region = self._region(level, x, y, width, height)
+        if region.shape[2] == 3:
+            return region
         if region[..., 3].min() < 255:
             raise RegionError(
                 f"{self.path}: the file holds no pixels at ({x}, {y}), level {level}", "transparent"
             )
-        return np.ascontiguousarray(region[..., :3])
+        return np.asarray(cv2.cvtColor(region, cv2.COLOR_RGBA2RGB), np.uint8)
 
     def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """(height, width, 4) RGBA; x, y in level-0 pixels, width and height in the level's."""
+        """(height, width, 3) RGB or 4, RGBA; x, y in level-0 pixels, the size in the level's."""
+        decoded = self.jpeg.region(level, x, y, width, height)
+        return self._by_handle(level, x, y, width, height) if decoded is None else decoded
+
+    def _by_handle(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """As `_region`, RGBA, by OpenSlide or tifffile."""
         try:
             return np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except TiffRegionError as error:
@@ -348,17 +384,20 @@ def _blocks(area: Area, side: int) -> Iterator[Area]:
 
 def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:
     """RGB on white and the flag `there` (at least half opaque), both reduced by `factor`."""
-    alpha = block[..., 3]
-    rgb = block[..., :3]
-    if alpha.min() < 255:
+    if block.shape[2] == 4 and block[..., 3].min() < 255:
+        alpha = block[..., 3]
         weight = alpha[..., None].astype(np.float32) / 255
-        rgb = np.rint(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
-    down, right = -alpha.shape[0] % factor, -alpha.shape[1] % factor
-    both = np.dstack([rgb, alpha])
-    padded = cv2.copyMakeBorder(both, 0, down, 0, right, cv2.BORDER_REPLICATE)
-    size = (padded.shape[1] // factor, padded.shape[0] // factor)
-    small = cv2.resize(padded, size, interpolation=cv2.INTER_AREA) if factor > 1 else padded
-    return np.asarray(small[..., :3], np.uint8), np.asarray(small[..., 3] >= 128)
+        rgb = np.rint(block[..., :3] * weight + 255 * (1 - weight)).astype(np.uint8)
+        block = np.dstack([rgb, alpha])
+    down, right = -block.shape[0] % factor, -block.shape[1] % factor
+    if down or right:
+        replicated = cv2.copyMakeBorder(block, 0, down, 0, right, cv2.BORDER_REPLICATE)
+        block = np.asarray(replicated, np.uint8)
+    if factor > 1:
+        size = (block.shape[1] // factor, block.shape[0] // factor)
+        block = np.asarray(cv2.resize(block, size, interpolation=cv2.INTER_AREA), np.uint8)
+    there = block[..., 3] >= 128 if block.shape[2] == 4 else np.ones(block.shape[:2], bool)
+    return np.asarray(block[..., :3], np.uint8), there
 
 
 def _file_hash(path: Path) -> str:

@@ -102,8 +102,10 @@ def tile(config: TileConfig) -> TileResult:
     store = Path(config.out)
     jobs = find_slides(config)
     settings = {k: v for k, v in identity(config).items() if k not in PER_SLIDE}
-    if not config.dataset_by_folder:  # stores from before there was such a setting stay the same
+    if not config.dataset_by_folder:  # stores from before there were these settings stay the same
         del settings["dataset_by_folder"]
+    if not config.passthrough:
+        del settings["passthrough"]
     notes = [
         *misspelt({job.dataset or config.dataset for job in jobs}),
         *linked_twice(jobs),
