@@ -22,6 +22,8 @@ class CutConfig:
     """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off."""
     min_foreground: float = within(0.5, 0, 1)
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
+    pen: Literal["none", "green_blue", "all"] = "green_blue"
+    """Marker ink that tiles are left out for, as `jaxhisto tile` has it."""
     max_tiles: int = within(0, 0, MANY)
     """Most tiles of one slide, drawn at random; 0: all."""
     seed: int = within(0, 0, MANY)

@@ -10,9 +10,8 @@ A tile with any such pixel is refused as `transparent`, one that cannot be decod
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -287,38 +286,6 @@ class Slide:
             ) from error
 
 
-def content_hash(path: Path, others: Sequence[Path] = ()) -> str:
-    """sha256 of the slide's bytes.
-
-    A slide of several files is hashed as the sorted list of their names and hashes: those in
-    `others` (the rest of a DICOM series) and MIRAX's data folder. A Hamamatsu .vms or .vmu is
-    hashed by its index file alone.
-    """
-    files = _files(path, others)
-    if len(files) == 1:
-        return _file_hash(path)
-    lines = "".join(f"{name} {_file_hash(file)}\n" for name, file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def file_stamp(path: Path, others: Sequence[Path] = ()) -> str:
-    """What tells whether a slide was changed without reading it: name, size and time of change of
-    each file that `content_hash` takes in."""
-    try:
-        stats = [(name, file.stat()) for name, file in _files(path, others)]
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    lines = "".join(f"{name} {found.st_size} {found.st_mtime_ns}\n" for name, found in stats)
-    return hashlib.sha256(lines.encode()).hexdigest()[:20]
-
-
-def _files(path: Path, others: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The files of a slide, by name relative to its folder."""
-    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        others = [*others, *(p for p in path.with_suffix("").rglob("*") if p.is_file())]
-    return sorted((p.relative_to(path.parent).as_posix(), p) for p in (path, *others))
-
-
 def dicom_series(path: Path) -> str:
     """The series a DICOM file belongs to; its files are one slide to OpenSlide. "": none."""
     try:
@@ -398,11 +365,3 @@ def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:
         block = np.asarray(cv2.resize(block, size, interpolation=cv2.INTER_AREA), np.uint8)
     there = block[..., 3] >= 128 if block.shape[2] == 4 else np.ones(block.shape[:2], bool)
     return np.asarray(block[..., :3], np.uint8), there
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from jaxhisto.config import TileConfig
 from jaxhisto.data.features import Place
 from jaxhisto.errors import SlideError, StoreError
-from jaxhisto.slides.cutting import Grid, Job, order, own_reason
+from jaxhisto.slides.choosing import choose_cells, own_reason
+from jaxhisto.slides.cutting import Job
 from jaxhisto.slides.finding import find_slides
-from jaxhisto.slides.foreground import MASK_MPP, detect, shares
-from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide, content_hash
+from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide
+from jaxhisto.slides.slide_files import content_hash
 
 
 @dataclass(frozen=True)
@@ -165,38 +166,27 @@ def choose(job: Job) -> Chosen:
     """
     config = job.config
     sha256 = content_hash(job.path, job.others)
+    corners: list[tuple[int, int]] = []
+    lost = 0
     with Slide(job.path, job.given) as slide:
-        scale = slide.scale(config.tile_px, config.tile_mpp)
-        grid = Grid.over(slide.width, slide.height, scale.side)
-        view = slide.overview(MASK_MPP / slide.mpp)
-        mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
-        args = (view.downsample, grid.xs, grid.ys, scale.side)
-        covered = shares(mask, *args).ravel() >= config.min_foreground - 1e-9
-        unsure = shares(~view.known, *args).ravel() > 0
-        drawn = (
-            order(config.seed, job.id, covered.size)
-            if config.max_tiles
-            else np.arange(covered.size)
-        )
-        corners: list[tuple[int, int]] = []
-        lost = 0
-        for cell in drawn[(covered | unsure)[drawn]].tolist():
+        choice = choose_cells(slide, job.id, config)
+        for cell in choice.cells.tolist():
             if config.max_tiles and len(corners) == config.max_tiles:
                 break
-            x, y = grid.cell(cell)
-            if unsure[cell]:
+            x, y = choice.grid.cell(cell)
+            if choice.unsure[cell]:
                 try:
-                    rgb = slide.read(x, y, config.tile_px, scale)
+                    rgb = slide.read(x, y, config.tile_px, choice.scale)
                 except RegionError:
                     lost += 1
                     continue
-                if own_reason(rgb, scale.mpp, config):
+                if own_reason(rgb, choice.scale.mpp, config):
                     continue
             corners.append((x, y))
     if not corners:
         raise SlideError(
-            f"{job.path}: no foreground tile of {config.tile_px} px in {covered.size} cells under "
-            f"{config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a lower "
-            "--cut.min-foreground, or leave the slide out"
+            f"{job.path}: no foreground tile of {config.tile_px} px in {choice.unsure.size} cells "
+            f"under {config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a "
+            "lower --cut.min-foreground, or leave the slide out"
         )
-    return Chosen(job, scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)
+    return Chosen(job, choice.scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)

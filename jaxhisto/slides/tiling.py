@@ -173,7 +173,7 @@ def _cut_all(
     """Cuts every slide; a failing one costs only itself, an unwritable store ends the run."""
     cuts: dict[str, Cut] = {}
     failures: list[Failure] = []
-    answers = pool.run(cut_slide, jobs, processes_of(config), config.slide_timeout)
+    answers = _answers(jobs, config)
     with contextlib.closing(answers):  # ends the processes at once when the store cannot be written
         for answer in answers:
             job = jobs[answer.index]

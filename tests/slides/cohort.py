@@ -59,6 +59,7 @@ class Plan:
             tiles,
             {
                 "background": cells - painted,
+                "pen": 0,
                 "outside": all_cells - cells,
                 "unreadable": unreadable,
                 "over_cap": painted - unreadable - tiles,

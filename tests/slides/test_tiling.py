@@ -21,7 +21,7 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.store import TileStore, is_store
 from jaxhisto.errors import ConfigError, SlideError, StoreError
 from jaxhisto.settings import to_json
-from jaxhisto.slides.cutting import Grid, order
+from jaxhisto.slides.choosing import Grid, order
 from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.tiling import checked, tile
 
