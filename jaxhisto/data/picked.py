@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.manifest import Entry, Manifest
 from jaxhisto.data.sources import Source, StoreSource, Tiles
-from jaxhisto.data.store import read_manifest
+from jaxhisto.data.store import dataset_of, read_manifest
 from jaxhisto.errors import StoreError
 
 
@@ -18,7 +21,7 @@ class Origins:
 
     def __init__(self, tiles: Tiles) -> None:
         self._tiles = tiles
-        self._stores: dict[int, dict[str, Any]] = {}
+        self._stores: dict[Path, tuple[dict[str, Any], list[int]]] = {}
 
     def entry(self, i: int) -> Entry:
         """Tile i alone; of an image that is cut into cells, the whole image.
@@ -54,7 +57,7 @@ class Origins:
             Entry(*key, tuple(sorted(of)) if of else None)
             for key, of in sorted(rows.items(), key=lambda item: (*item[0][:2], item[0][2] or 0))
         ]
-        sources = [_record(source) for source in self._tiles.origins()]
+        sources = [record for source in self._tiles.origins() for record in self._records(source)]
         there, taken = Counter[str](), Counter[str]()
         for record in sources:
             there[record["dataset"]] += record["tiles"]
@@ -68,18 +71,32 @@ class Origins:
         return Manifest(dict(rule), seed, sources, datasets, entries)
 
     def _of_store(self, source: StoreSource, row: int) -> Entry:
-        manifest = self._stores.setdefault(id(source), read_manifest(source.path))
+        manifest, ends = self._store(source.path)
         at = source.row_in_store(row)
-        for slide in manifest["slides"]:
-            if at < slide["tiles"]:
-                part = slide["part"]["sha256"]
-                return Entry(manifest["dataset"], slide["id"], slide["tile_mpp"], part, (at,))
-            at -= slide["tiles"]
-        raise AssertionError(f"{source.path}: row {row} is beyond the manifest")
+        number = bisect.bisect_right(ends, at)
+        slide = manifest["slides"][number]
+        place = at - (ends[number - 1] if number else 0)
+        name, part = dataset_of(manifest, slide), slide["part"]["sha256"]
+        return Entry(name, slide["id"], slide["tile_mpp"], part, (place,))
 
+    def _store(self, path: Path) -> tuple[dict[str, Any], list[int]]:
+        """A store's manifest, and of each of its slides the row behind its last tile."""
+        if path not in self._stores:
+            manifest = read_manifest(path)
+            ends = list(itertools.accumulate(slide["tiles"] for slide in manifest["slides"]))
+            self._stores[path] = manifest, ends
+        return self._stores[path]
 
-def _record(source: Source) -> dict[str, Any]:
-    store = isinstance(source, StoreSource)
-    dataset = read_manifest(source.path)["dataset"] if store else source.path.resolve().name
-    kind = "store" if store else "folder"
-    return {"kind": kind, "dataset": dataset, "hash": source.hash, "tiles": len(source)}
+    def _records(self, source: Source) -> list[dict[str, Any]]:
+        """What the list says of a source: a record of each dataset in it."""
+        kind, tiles_of = "folder", {source.path.resolve().name: len(source)}
+        if isinstance(source, StoreSource):
+            manifest, _ = self._store(source.path)
+            kind, tiles_of = "store", Counter[str]()
+            for slide in manifest["slides"]:
+                if slide["id"] in source.slides:
+                    tiles_of[dataset_of(manifest, slide)] += slide["tiles"]
+        return [
+            {"kind": kind, "dataset": name, "hash": source.hash, "tiles": tiles}
+            for name, tiles in sorted(tiles_of.items())
+        ]

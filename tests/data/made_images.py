@@ -59,17 +59,19 @@ def write_raw_store(
     side: int,
     mpp: float = 0.5,
     dataset: str = "made",
+    by_folder: bool = False,
 ) -> Path:
-    """As `write_store`, of bytes that need not be images."""
+    """As `write_store`, of bytes that need not be images; each slide of the dataset that its first
+    folder names where `by_folder`."""
     with StoreWriter(path, {}) as writer:
         records = []
         for slide, images in slides.items():
-            tiles = [
-                Tile(image, slide, dataset, 0, i, mpp, "flag") for i, image in enumerate(images)
-            ]
+            own = slide.split("/")[0] if by_folder else dataset
+            tiles = [Tile(image, slide, own, 0, i, mpp, "flag") for i, image in enumerate(images)]
             part = write_part(path, slide, tiles)
             entry = {"bytes": part["bytes"], "sha256": part["sha256"]}
             records.append({"id": slide, "tile_mpp": mpp, "tiles": part["tiles"], "part": entry})
+            records[-1] |= {"dataset": own} if by_folder else {}
             write_record(path, records[-1])
         facts = {"dataset": dataset, "tile_px": side, "failures": [], "code_version": "0"}
         writer.finish(records, facts, lambda manifest: "<html></html>")
