@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -128,3 +130,33 @@ def own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
 def small(rgb: Pixels, side: int) -> Pixels:
     """A square picture reduced to `side` by area averaging."""
     return np.asarray(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def no_tile(path: Path, config: TileConfig, choice: Choice, rejected: Mapping[str, int]) -> str:
+    """Why a slide gave no tile, in one sentence.
+
+    Args:
+      path: of the slide.
+      config: by which it was cut.
+      choice: of its cells.
+      rejected: cells by reason, in the end.
+    """
+    lost = rejected["unreadable"] + rejected["transparent"]
+    cells, fit = choice.unsure.size, choice.fit
+    if lost:
+        return (
+            f"{path}: no tile, since {lost} of {cells} cells cannot be read and the rest is "
+            "background; copy the file again, or leave it out"
+        )
+    if rejected["pen"]:
+        return (
+            f"{path}: no tile, since {rejected['pen']} of {cells} cells have marker ink "
+            "and the rest is background; pass --pen none if that is a stain, or leave it out"
+        )
+    if fit:
+        return f"{path}: no tile of {cells} has enough foreground: {fit}, or leave it out"
+    return (
+        f"{path}: no foreground, none of {cells} tiles reaches {config.min_foreground:g} "
+        f"under {config.foreground} ({choice.mask.mean():.1%} of the slide is foreground); try "
+        "another --foreground (ciga2022, otsu, od) or a lower --min-foreground, or leave it out"
+    )

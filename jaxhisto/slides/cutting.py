@@ -22,7 +22,7 @@ from jaxhisto.data.store_writer import (
     write_record,
 )
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.choosing import Choice, choose_cells, own_reason, small
+from jaxhisto.slides.choosing import Choice, choose_cells, no_tile, own_reason, small
 from jaxhisto.slides.pen import ink_note
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import Overview, Pixels, RegionError, Scale, Slide
@@ -109,7 +109,7 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
     draw.rejected |= choice.rejected
     part = write_part(Path(config.out), job.id, _tiles(slide, job, choice, draw))
     if not part["tiles"]:
-        raise SlideError(_nothing(slide, config, choice, draw))
+        raise SlideError(no_tile(slide.path, config, choice, draw.rejected))
     record = {
         "id": job.id,
         "dataset": job.dataset or config.dataset,
@@ -198,26 +198,3 @@ def _damage(draw: Draw) -> list[str]:
     """A note where cells were lost: the rest of a file that was cut off is still a slide."""
     lost = draw.rejected["unreadable"]
     return [f"{lost} cells cannot be read: the file is damaged or cut off there"] if lost else []
-
-
-def _nothing(slide: Slide, config: TileConfig, choice: Choice, draw: Draw) -> str:
-    """Why a slide gave no tile, in one sentence."""
-    lost = draw.rejected["unreadable"] + draw.rejected["transparent"]
-    cells, fit = choice.unsure.size, choice.fit
-    if lost:
-        return (
-            f"{slide.path}: no tile, since {lost} of {cells} cells cannot be read and the rest is "
-            "background; copy the file again, or leave it out"
-        )
-    if draw.rejected["pen"]:
-        return (
-            f"{slide.path}: no tile, since {draw.rejected['pen']} of {cells} cells have marker ink "
-            "and the rest is background; pass --pen none if that is a stain, or leave it out"
-        )
-    if fit:
-        return f"{slide.path}: no tile of {cells} has enough foreground: {fit}, or leave it out"
-    return (
-        f"{slide.path}: no foreground, none of {cells} tiles reaches {config.min_foreground:g} "
-        f"under {config.foreground} ({choice.mask.mean():.1%} of the slide is foreground); try "
-        "another --foreground (ciga2022, otsu, od) or a lower --min-foreground, or leave it out"
-    )

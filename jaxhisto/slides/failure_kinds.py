@@ -12,6 +12,8 @@ KINDS = {
     "no usable pixel size": "no usable pixel size",
     "coarser than the ": "coarser than asked for",
     "no foreground, ": "no foreground",
+    " has enough foreground: ": "no foreground",
+    " cells have marker ink": "marker ink",
     "smaller than one tile": "smaller than a tile",
     "is not 8-bit RGB": "not 8-bit RGB",
     "OpenSlide does not read this file": "not a slide",

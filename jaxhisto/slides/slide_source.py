@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from numpy.typing import NDArray
 from jaxhisto.config import TileConfig
 from jaxhisto.data.features import Place
 from jaxhisto.errors import SlideError, StoreError
-from jaxhisto.slides.choosing import choose_cells, own_reason
+from jaxhisto.slides.choosing import choose_cells, no_tile, own_reason
 from jaxhisto.slides.cutting import Job
 from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide
+from jaxhisto.slides.report_parts import REASONS
 from jaxhisto.slides.slide_files import content_hash
+
+CUT_FLAGS = ("mpp", "tile-mpp", "foreground", "min-foreground", "pen")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class SlidesSource:
             if chosen.lost
         ]
         self.dropped += [
-            (job.id, str(error))
+            (job.id, str(error).removeprefix(f"{job.path}: "))
             for job, error in zip(jobs, found, strict=True)
             if isinstance(error, SlideError)
         ]
@@ -150,10 +154,8 @@ def _chosen_or_error(job: Job) -> Chosen | SlideError:
     try:
         return choose(job)
     except SlideError as error:
-        text = str(error)
-        for flag in ("mpp", "tile-mpp"):  # as the verb here has them
-            text = text.replace(f"--{flag} ", f"--cut.{flag} ")
-        return SlideError(text)
+        # As the verb here has them.
+        return SlideError(re.sub(rf"--({'|'.join(CUT_FLAGS)})\b", r"--cut.\1", str(error)))
 
 
 def choose(job: Job) -> Chosen:
@@ -167,9 +169,9 @@ def choose(job: Job) -> Chosen:
     config = job.config
     sha256 = content_hash(job.path, job.others)
     corners: list[tuple[int, int]] = []
-    lost = 0
     with Slide(job.path, job.given) as slide:
         choice = choose_cells(slide, job.id, config)
+        rejected = dict.fromkeys(REASONS, 0) | choice.rejected
         for cell in choice.cells.tolist():
             if config.max_tiles and len(corners) == config.max_tiles:
                 break
@@ -177,16 +179,14 @@ def choose(job: Job) -> Chosen:
             if choice.unsure[cell]:
                 try:
                     rgb = slide.read(x, y, config.tile_px, choice.scale)
-                except RegionError:
-                    lost += 1
+                except RegionError as error:
+                    rejected[error.reason] += 1
                     continue
-                if own_reason(rgb, choice.scale.mpp, config):
+                if reason := own_reason(rgb, choice.scale.mpp, config):
+                    rejected[reason] += 1
                     continue
             corners.append((x, y))
     if not corners:
-        raise SlideError(
-            f"{job.path}: no foreground tile of {config.tile_px} px in {choice.unsure.size} cells "
-            f"under {config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a "
-            "lower --cut.min-foreground, or leave the slide out"
-        )
+        raise SlideError(no_tile(job.path, config, choice, rejected))
+    lost = rejected["unreadable"] + rejected["transparent"]
     return Chosen(job, choice.scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)

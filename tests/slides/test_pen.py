@@ -16,8 +16,10 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.cutting import Job, cut_slide
+from jaxhisto.slides.failure_kinds import kind_of
 from jaxhisto.slides.pen import ink_note, pen_marks
 from jaxhisto.slides.pixel_size import GivenPixelSize
+from jaxhisto.slides.slide_source import SlidesSource
 
 GREEN, BLUE, RED, BLACK = (40, 170, 140), (40, 80, 180), (214, 40, 60), (45, 45, 50)
 
@@ -156,5 +158,22 @@ def test_a_stain_that_looks_like_ink_is_named_as_such(tmp_path):
     assert note.endswith("looks like marker ink; if it is a stain, pass --pen none")
     assert not ink_note(np.zeros((4, 4), bool), np.zeros((4, 4), bool))
     image[:128, 512:] = GLASS
-    with pytest.raises(SlideError, match=r"128 of 256 cells have marker ink.*--pen none"):
-        cut(tmp_path, "t", write_slide(tmp_path / "b.tif", image))
+    path = write_slide(tmp_path / "b.tif", image)
+    with pytest.raises(
+        SlideError, match=r"128 of 256 cells have marker ink.*--pen none"
+    ) as refused:
+        cut(tmp_path, "t", path)
+    assert kind_of(str(refused.value)) == "marker ink"
+    embedded = TileConfig((str(path),), "", tile_px=64, max_tiles=0, foreground="otsu")
+    with pytest.raises(SlideError, match=r"128 of 256 cells have marker ink.*--cut\.pen none"):
+        SlidesSource(embedded)
+
+
+def test_a_slide_whose_stain_the_rule_does_not_fit_is_refused_by_that(tmp_path):
+    path = write_slide(tmp_path / "a.tif", painted(1024, 1024, (95, 110, 165)))
+    advice = r"no tile of 256 has enough foreground: ciga2022 keeps 0% .*; try --{}foreground o"
+    with pytest.raises(SlideError, match=advice.format("")) as refused:
+        cut(tmp_path, "s", path, foreground="ciga2022")
+    assert kind_of(str(refused.value)) == "no foreground"
+    with pytest.raises(SlideError, match=advice.format(r"cut\.")):
+        SlidesSource(TileConfig((str(path),), "", tile_px=64))
