@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -160,7 +161,10 @@ def _folders(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _unreadable_folder(error: OSError) -> None:
-    raise SlideError(f"{error.filename}: cannot be read ({error.strerror}); check its rights")
+    remedy = "check its rights"
+    if error.errno == errno.ENAMETOOLONG:
+        remedy = "shorten the names on the way, or give a folder further down by a relative path"
+    raise SlideError(f"{error.filename}: cannot be read ({error.strerror}); {remedy}")
 
 
 def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:

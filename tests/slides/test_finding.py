@@ -92,6 +92,17 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
         found(tmp_path, by_folder=False)
 
 
+def test_a_path_beyond_the_systems_limit_is_told_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(20):  # step by step, which may go beyond what a single path can say
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    os.chdir(tmp_path)
+
+    with pytest.raises(SlideError, match=r"name too long\); shorten the names on the way"):
+        found(tmp_path, by_folder=False)
+
+
 def test_names_near_those_of_the_catalogue_are_told():
     assert misspelt({"TCGA-BRCA", "tcga brca", "my own slides"}) == []
     (line,) = misspelt({"TCGA-BRAC", "xyz"})
