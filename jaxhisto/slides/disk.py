@@ -18,7 +18,7 @@ from jaxhisto.errors import StoreError
 from jaxhisto.slides import pool
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
 
-SECTION_BYTES = 200_000  # a slide's report, about
+SECTION_BYTES = 250_000  # a slide's report, about
 PART_BYTES = 2**17  # an ArrayRecord file is no smaller
 MOST_A_PIXEL = 3  # bytes: a JPEG of a tile is no larger than its pixels
 MOST_A_BYTE = 100  # nor are a slide's tiles a hundred times its file
@@ -76,8 +76,8 @@ def _total(need: Need, todo: Sequence[Job], rewritten: int) -> float:
 
 
 def _bound(todo: Sequence[Job], config: TileConfig) -> Need:
-    by_file = sum(MOST_A_BYTE * _file_bytes(job) for job in todo)
-    most = config.max_tiles * len(todo) * config.tile_px**2 * MOST_A_PIXEL
+    by_file = sum(MOST_A_BYTE * _file_bytes(job) for job in todo) + PART_BYTES * len(todo)
+    most = (config.max_tiles * config.tile_px**2 * MOST_A_PIXEL + PART_BYTES) * len(todo)
     return Need(min(by_file, most) if config.max_tiles else by_file, "at most")
 
 
