@@ -12,11 +12,16 @@ from jaxhisto.config import DataConfig
 from jaxhisto.data import catalog
 from jaxhisto.data.catalog import About
 from jaxhisto.data.folder_source import FolderSource
-from jaxhisto.data.sources import StoreSource, open_tiles
+from jaxhisto.data.sources import StoreSource, open_for
 from jaxhisto.data.store import dataset_of, read_manifest
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.file_config import SampleConfig
 
+FLAGS = {
+    "stores": "the sources",
+    "failures-allowed": "--failures-allowed",
+    "exclude": "--exclude",
+}
 Known = Mapping[str, tuple[str, About]]
 """What `catalog.known_datasets` returns."""
 
@@ -72,10 +77,7 @@ def open_pool(config: SampleConfig, known: Known) -> Pool:
         failures_allowed=config.failures_allowed,
         threads=config.threads,
     )
-    try:
-        tiles = open_tiles(data)
-    except StoreError as error:
-        raise StoreError(_in_our_flags(str(error))) from error
+    tiles = open_for(data, FLAGS)
     slides: list[Slide] = []
     records: list[dict[str, Any]] = []
     for i, (source, (name, path)) in enumerate(zip(tiles.sources, named, strict=True)):
@@ -229,14 +231,6 @@ def _at_resolution(mpp: float | None, config: SampleConfig) -> bool:
         abs(mpp - want) <= config.mpp_tolerance * want * (1 + 1e-9) for want in config.mpp if mpp
     )
     return not config.mpp or any(near)
-
-
-def _in_our_flags(text: str) -> str:
-    """A refusal of `pretrain`'s data, with the flags that this verb has."""
-    ours = {"--data.stores": "the sources", "--data.failures": "--failures", "--data.ex": "--ex"}
-    for theirs, here in ours.items():
-        text = text.replace(theirs, here)
-    return text
 
 
 def _few(names: Sequence[str]) -> str:

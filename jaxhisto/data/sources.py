@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -37,7 +37,7 @@ def open_tiles(config: DataConfig) -> Tiles:
         part; an `exclude` pattern that matches nothing, and would let a test section in.
     """
     if not config.stores:
-        raise StoreError("no data: pass --data.stores with tile stores or image folders.")
+        raise StoreError("no data: nothing is in --data.stores; name tile stores or image folders.")
     paths = [Path(text).expanduser() for text in config.stores]
     for path, earlier in itertools.combinations(reversed(paths), 2):
         # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
@@ -56,6 +56,25 @@ def open_tiles(config: DataConfig) -> Tiles:
                 "correct it or leave it out."
             )
     return Tiles(sources, config)
+
+
+def open_for(config: DataConfig, flags: Mapping[str, str]) -> Tiles:
+    """`open_tiles` for a verb that has other flags than `pretrain`; refusals name those.
+
+    Args:
+      config: what to open.
+      flags: what stands there in the place of `--data.NAME`, by NAME.
+
+    Raises:
+      StoreError: as `open_tiles`.
+    """
+    try:
+        return open_tiles(config)
+    except StoreError as error:
+        text = str(error)
+        for name, ours in flags.items():
+            text = text.replace(f"--data.{name}", ours)
+        raise StoreError(text) from error
 
 
 class Tiles:

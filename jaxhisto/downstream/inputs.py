@@ -17,7 +17,7 @@ from jaxhisto.config import DataConfig, TileConfig
 from jaxhisto.data import images
 from jaxhisto.data.loader import cores
 from jaxhisto.data.named_images import centre_square
-from jaxhisto.data.sources import Tiles, open_tiles
+from jaxhisto.data.sources import Tiles, open_for
 from jaxhisto.data.store import is_store
 from jaxhisto.data.tfds_source import PREFIX
 from jaxhisto.downstream_config import EmbedConfig
@@ -27,6 +27,11 @@ from jaxhisto.slides.slide_source import SlidesSource
 
 T = TypeVar("T")
 
+FLAGS = {
+    "stores": "the tiles given",
+    "failures-allowed": "--failures-allowed",
+    "exclude": "--exclude",
+}
 Block = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -48,7 +53,7 @@ def open_inputs(config: EmbedConfig, side: int) -> Tiles:
         prefetch=config.prefetch,
     )
     if "slides" not in kinds.values():
-        return open_tiles(data)
+        return open_for(data, FLAGS)
     if "tiles" in kinds.values():
         slide, tile = (next(p for p in kinds if kinds[p] == k) for k in ("slides", "tiles"))
         raise ConfigError(f"{slide} is a whole slide and {tile} is not; embed them into two files.")

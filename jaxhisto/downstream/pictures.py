@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jaxhisto.config import DataConfig, TileConfig
 from jaxhisto.data.features import Features
 from jaxhisto.data.picked import Origins
-from jaxhisto.data.sources import Tiles, open_tiles
+from jaxhisto.data.sources import Tiles, open_for
 from jaxhisto.downstream_config import PicturesConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.slides.cutting import Job
@@ -73,7 +73,7 @@ class Pictures:
                 failures_allowed=config.failures_allowed,
                 threads=config.threads,
             )
-            self.tiles = open_tiles(data)
+            self.tiles = open_for(data, {"stores": "--show.tiles", "": "--show."})
             self._match(config.partial)
         there = (self.at >= 0) | np.array([slide in self.jobs for slide in features.slides], bool)
         self.given = bool(config.tiles or config.slides)

@@ -14,7 +14,7 @@ from jaxhisto import __version__, settings
 from jaxhisto.config import MANY, DataConfig, PretrainConfig
 from jaxhisto.data.listed import manifest_of
 from jaxhisto.data.manifest import is_manifest, read_manifest
-from jaxhisto.data.sources import Tiles, open_tiles
+from jaxhisto.data.sources import Tiles, open_for, open_tiles
 from jaxhisto.errors import ConfigError, RunError, StoreError
 from jaxhisto.file_config import LeakageConfig
 from jaxhisto.leakage import names, report
@@ -63,13 +63,14 @@ def check(config: LeakageConfig) -> Result:
     run, listed = _alone(config.pretraining)
     against_names = "-".join(_short(path) for path in config.against)
     out = _out(config, run, against_names)
-    against = open_tiles(
+    against = open_for(
         DataConfig(
             stores=config.against,
             max_side=MANY,  # uncut: a labelled image is one
             failures_allowed=config.failures_allowed,
             threads=config.threads,
-        )
+        ),
+        {"stores": "--against", "": "--"},
     )
     if run:
         pretraining, digest = _run_tiles(run, config)
@@ -155,7 +156,7 @@ def _tiles(config: LeakageConfig) -> tuple[Tiles, str]:
         failures_allowed=config.failures_allowed,
         threads=config.threads,
     )
-    tiles = open_tiles(replace(data, max_side=MANY))
+    tiles = open_for(replace(data, max_side=MANY), {"stores": "the data given", "": "--"})
     return tiles, Tiles(tiles.sources, data).hash
 
 
@@ -171,10 +172,7 @@ def _listed_tiles(path: Path, config: LeakageConfig) -> tuple[Tiles, str]:
             f"folders of {', '.join(names[:3])}{more} that it was drawn from."
         )
     data = DataConfig(stores=config.stores, manifest=str(path), threads=config.threads)
-    try:
-        tiles = open_tiles(replace(data, max_side=MANY))
-    except StoreError as error:
-        raise StoreError(str(error).replace("--data.stores", "--stores")) from error
+    tiles = open_for(replace(data, max_side=MANY), {"": "--"})
     return tiles, Tiles(tiles.sources, data).hash
 
 

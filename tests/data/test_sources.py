@@ -184,7 +184,7 @@ def test_folders_without_anything_are_refused(tmp_path: Path) -> None:
         opened(images, exclude=("*",))
     with pytest.raises(StoreError, match="listed twice"):
         opened(images, tmp_path / "images" / ".." / "images")
-    with pytest.raises(StoreError, match=r"pass --data\.stores"):
+    with pytest.raises(StoreError, match=r"nothing is in --data\.stores; name"):
         opened()
 
 

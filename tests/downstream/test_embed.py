@@ -264,6 +264,19 @@ def test_features_that_are_no_numbers_are_refused_with_the_tile(place, jaxhisto,
     assert not (tmp_path / "f.h5").exists()
 
 
+def test_refusals_name_this_verbs_flags(place, jaxhisto, tmp_path):
+    write_images(tmp_path / "images", {"a.png": np.zeros((32, 32, 3), np.uint8)})
+    (tmp_path / "images" / "b.png").write_bytes(b"no image")
+    line = ("embed", place / "encoder.safetensors", tmp_path / "images")
+    to = ("--out", tmp_path / "f.h5")
+    said = refusal(jaxhisto(*line, *to))
+    assert said.endswith("or pass --failures-allowed 1 to go on without.")
+    said = refusal(jaxhisto(*line, tmp_path / "images", *to))
+    assert said.endswith("is listed twice in the tiles given; remove one of them.")
+    said = refusal(jaxhisto(*line, "--exclude", "*.png", *to))
+    assert said.endswith("take the folder out of the tiles given or change --exclude.")
+
+
 def test_a_whole_slide_is_cut_where_it_is_tissue(place, jaxhisto, tmp_path):
     rng = np.random.default_rng(0)
     pixels = np.full((96, 192, 3), 242, np.uint8)
@@ -302,7 +315,7 @@ def test_a_whole_slide_is_cut_where_it_is_tissue(place, jaxhisto, tmp_path):
     assert said.endswith("pass --failures-allowed 1 to go on without")
     code, said, _ = jaxhisto("embed", *line, "--failures-allowed", 1)
     assert code == 0
-    assert "dropped none.tif" in said
+    assert "dropped none.tif: the file has no usable pixel size" in said
     assert held(out)["coords"].tolist() == corners
 
 
