@@ -287,13 +287,13 @@ class StoreWriter:
             return
         keys = sorted(theirs.keys() | self.settings.keys())
         differ = [
-            f"{k} {theirs.get(k)} there, {self.settings.get(k)} now"
+            f"--{k.replace('_', '-')} {theirs.get(k)} there, {self.settings.get(k)} now"
             for k in keys
             if theirs.get(k) != self.settings.get(k)
         ]
         raise StoreError(
-            f"{self.path}: holds tiles cut with other settings ({'; '.join(differ)}); give another "
-            "--out, or delete the folder to cut all slides again"
+            f"{self.path}: holds tiles cut with other settings ({'; '.join(differ)}); give those "
+            "again, another --out, or delete the folder to cut all slides again"
         )
 
     def _recover(self) -> None:

@@ -203,7 +203,7 @@ def test_settings_that_differ_are_refused_by_name(tmp_path):
     first = config(path, tmp_path / "s")
     tile(first)
 
-    with pytest.raises(StoreError, match=r"other settings \(seed 0 there, 1 now\); give another"):
+    with pytest.raises(StoreError, match=r"settings \(--seed 0 there, 1 now\); give those again"):
         tile(dataclasses.replace(first, seed=1))
     again = tile(dataclasses.replace(first, failures_allowed=3))
     assert again.reused == 1
