@@ -21,8 +21,9 @@ from jaxhisto.slides.reader import SUFFIXES, dicom_series
 def find_slides(config: TileConfig) -> list[Job]:
     """One job a slide, sorted by slide id, which is its name relative to the folder given.
 
-    A file that is there under several names, by links, is one slide, called by the first of them;
-    links that lead nowhere are slides that will fail, each by itself.
+    A file that is there under several names, by links, is one slide, called by its own name where
+    that is among them, else by the first; links that lead nowhere are slides that will fail, each
+    by itself.
 
     Raises:
       SlideError: a path that is not there, a folder without slides, one id for two slides, and
@@ -43,7 +44,7 @@ def find_slides(config: TileConfig) -> list[Job]:
             real = os.path.realpath(path) if os.path.exists(path) else str(path)
             first = found.setdefault(real, job)
             if job.id not in (first.id, *first.also):
-                found[real] = dataclasses.replace(first, also=(*first.also, job.id))
+                found[real] = _one_file(first, job)
             _refuse_bytes(path)
     jobs = sorted(_one_a_series(list(found.values()), config), key=lambda job: job.id)
     for a, b in itertools.pairwise(jobs):
@@ -53,6 +54,14 @@ def find_slides(config: TileConfig) -> list[Job]:
                 "or rename one"
             )
     return _with_datasets(jobs) if config.dataset_by_folder else jobs
+
+
+def _one_file(first: Job, second: Job) -> Job:
+    """One job for two names of a file. A link that is added later must not rename a slide, of which
+    a store may be there."""
+    if os.path.islink(first.path) and not os.path.islink(second.path):
+        return dataclasses.replace(second, also=(first.id, *first.also))
+    return dataclasses.replace(first, also=(*first.also, second.id))
 
 
 def processes_of(config: TileConfig) -> int:

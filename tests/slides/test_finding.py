@@ -66,6 +66,19 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path):
     }
 
 
+def test_a_link_that_is_added_renames_no_slide(tmp_path):
+    touched(tmp_path, "elsewhere/2.svs", "slides/m/own.svs")
+    slides = tmp_path / "slides"
+    (slides / "m" / "2.svs").symlink_to(tmp_path / "elsewhere" / "2.svs")
+    before = found(slides)
+    (slides / "a").mkdir()
+    (slides / "a" / "own.svs").symlink_to(slides / "m" / "own.svs")
+    (slides / "z").mkdir()
+    (slides / "z" / "2.svs").symlink_to(tmp_path / "elsewhere" / "2.svs")
+
+    assert found(slides) == before == {"m/2.svs": "m", "m/own.svs": "m"}
+
+
 def test_two_names_of_one_file_are_one_slide_and_told(tmp_path):
     """Links that lead nowhere stay apart: each is a slide that somebody misses."""
     touched(tmp_path, "a/1.svs", "b/2.svs")
@@ -75,10 +88,10 @@ def test_two_names_of_one_file_are_one_slide_and_told(tmp_path):
         (tmp_path / "b" / f"{name}.svs").symlink_to("nowhere.svs")
     jobs = find_slides(TileConfig(slides=(str(tmp_path), str(tmp_path / "a/1.svs")), out="s"))
 
-    assert [job.id for job in jobs] == ["a/0.svs", "b/2.svs", "b/x.svs", "b/y.svs"]
+    assert [job.id for job in jobs] == ["a/1.svs", "b/2.svs", "b/x.svs", "b/y.svs"]
     assert linked_twice(jobs) == [
-        "3 links lead to files that are there under another name too (the first: a/1.svs is "
-        "a/0.svs); each file is cut once"
+        "3 links lead to files that are there under another name too (the first: a/0.svs is "
+        "a/1.svs); each file is cut once"
     ]
     assert linked_twice(jobs[1:]) == []
 
