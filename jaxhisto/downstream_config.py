@@ -190,3 +190,42 @@ class ProbeConfig:
     """Devices to compute features on; 0: all."""
     threads: int = within(0, 0, MANY, operational=True)
     """Threads that read images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Supervised training of a whole network (paper: sec. 4.2)."""
+
+    epochs: int = within(100, 1, 100000)
+    """Passes over the training images (paper: 100); the one with the best validation score is
+    taken (paper)."""
+    patience: int = within(0, 0, 100000)
+    """Stop after so many epochs without a better validation score; 0: never (paper)."""
+    batch: int = within(128, 1, MANY)
+    """Images in the global batch (paper: 128); lowered, and said, where there are fewer."""
+    rate: float = within(1e-4, 1e-9, 10)
+    """Learning rate of Adam. Ours; the paper names none."""
+    weight_decay: float | None = within(None, 0, 10)
+    """L2 in the gradient; none: 1e-5 for ResNet10 and 18, else 1e-4 (paper)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of new weights, of the order and of the augmentation."""
+    crop_area: tuple[float, float] = within((1.0, 1.0), 1e-6, 1, ordered=True)
+    """Area of a random crop as a share of the image, resized to its side; 1 1: none. Ours."""
+    flips: bool = True
+    """Flip each axis with 50 %. Ours, as the others here: the paper names no augmentation."""
+    rot90: bool = True
+    """Turn by 0, 90, 180 or 270 degrees, 25 % each."""
+    jitter: Literal["none", "light", "medium", "heavy"] = "light"
+    """Brightness, contrast, saturation, hue, as in `pretrain`: light .4 .4 .4 .2."""
+    jitter_probability: float = within(0.8, 0, 1)
+    """Share of the images that are jittered."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Of the convolutions in training; parameters, BatchNorm and loss are float32."""
+    checkpoint_every: int = within(1, 1, 100000, operational=True)
+    """Epochs between two checkpoints."""
+    log_every: int = within(50, 1, MANY, operational=True)
+    """Steps between two lines of progress, where there is no terminal."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to train on; 0: all. The numbers are the same but for the order of sums."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""
