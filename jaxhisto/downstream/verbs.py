@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto.console import say, say_next
-from jaxhisto.downstream_config import EmbedConfig, ProbeConfig
+from jaxhisto.downstream_config import EmbedConfig, PredictConfig, ProbeConfig, SegmentConfig
 from jaxhisto.flags import parse
 
 
@@ -34,4 +34,24 @@ def probe(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe)
+def segment(argv: Sequence[str]) -> int:
+    """images with masks -> a UNet on an encoder, and its macro F1"""
+    config = parse(SegmentConfig, argv, "segment")
+    from jaxhisto.downstream.segment import segment as train
+
+    train(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """a trained UNet on images or whole slides -> masks and overlays"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import predict as run
+
+    run(config)
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, segment, predict)
