@@ -163,7 +163,8 @@ def origins(length: int, windows: Windows) -> list[int]:
 def weights(at: list[int], side: int, length: int, margin: int) -> Floats:
     """(n, side) float32: the weight of each window along an axis; they add up to 1 everywhere."""
     inner = np.arange(side) - margin + 0.5
-    ramp = np.sin(np.pi * np.clip(inner / (side - 2 * margin), 0, 1)) ** 2
+    # An axis of the image may be shorter than two margins: then it is one window, and flat.
+    ramp = np.sin(np.pi * np.clip(inner / max(side - 2 * margin, 1), 0, 1)) ** 2
     ramp[(inner < 0) | (inner > side - 2 * margin)] = 0
     middle = side // 2
     each = np.tile(ramp, (len(at), 1))
