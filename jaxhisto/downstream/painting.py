@@ -128,7 +128,7 @@ class Overlay:
         self._classes, self._opacity = classes, opacity
         self._rgb: Pixels = np.zeros((0, width, 3), np.uint8)
         self._ids: Pixels = np.zeros((0, width), np.uint8)
-        self._done: list[Pixels] = []
+        self._done: list[tuple[Pixels, Pixels]] = []
 
     def write(self, rgb: Pixels, ids: Pixels) -> None:
         """The next rows: (h, width, 3) and (h, width) uint8."""
@@ -142,7 +142,8 @@ class Overlay:
         """(h, w, 3) uint8, of all rows so far."""
         if len(self._ids):
             self._shrink(len(self._ids))
-        return np.concatenate(self._done)
+        rgb, ids = (np.concatenate(parts) for parts in zip(*self._done, strict=True))
+        return painted(rgb, ids, self._classes, self._opacity)
 
     def _shrink(self, rows: int) -> None:
         rgb, ids = self._rgb[:rows], self._ids[:rows]
@@ -155,15 +156,30 @@ class Overlay:
                 for n, length in ((high, rows), (wide, ids.shape[1]))
             ]
             ids = ids[np.ix_(*at)]
-        self._done.append(painted(rgb, ids, self._classes, self._opacity))
+        self._done.append((rgb, ids))
 
 
 def painted(rgb: Pixels, ids: Pixels, classes: int, opacity: float = 0.4) -> Pixels:
-    """(h, w, 3) uint8 with the colours of its classes (h, w) laid over it; 0 and 255 are left."""
+    """(h, w, 3) uint8 with the colours of its classes (h, w) laid over it, their borders in full.
+
+    Class 0 and what is nowhere (255) are left as they are.
+    """
     shown = (ids > 0) & (ids < classes)
     paint = colours(classes)[np.minimum(ids, classes - 1)]
-    mixed = np.rint(rgb * (1 - opacity) + paint * opacity).astype(np.uint8)
+    share = np.where(shown & borders(ids), 1.0, opacity)[..., None]
+    mixed = np.rint(rgb * (1 - share) + paint * share).astype(np.uint8)
     return np.where(shown[..., None], mixed, rgb)
+
+
+def borders(ids: Pixels) -> NDArray[np.bool_]:
+    """(h, w): pixels with another class above, below, left or right of them."""
+    edge = np.zeros(ids.shape, bool)
+    down, right = ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= right
+    edge[:, :-1] |= right
+    return edge
 
 
 def with_legend(picture: Pixels, names: Sequence[str], shares: Sequence[float]) -> Pixels:

@@ -102,12 +102,7 @@ def test_discs_are_learnt_and_the_score_is_scikit_learns(trained: tuple[Path, li
         truth.append(np.asarray(Image.open(images.parent / "masks" / name)).ravel())
     expected = f1_score(np.concatenate(truth), np.concatenate(found), average="macro")
     assert result["test"]["macro_f1"]["value"] == pytest.approx(expected, abs=1e-6)
-    assert [line["epoch"] for line in map(json.loads, (run / "metrics.jsonl").open())] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [line["epoch"] for line in lines(run)] == list(range(1, 9))
     with Image.open(run / "predictions.png") as picture:
         assert picture.width > 700
 
