@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ Matrices = NDArray[np.int64]
 def segment(config: SegmentConfig) -> dict[str, Any]:
     """Trains, scores the test images, and writes the run folder.
 
-    RUN holds config.json, data.json, env.json, split.json, metrics.jsonl, checkpoints/,
-    unet.safetensors with its golden file, result.json and predictions.png.
+    RUN holds config.json, data.json, env.json, split.json, metrics.jsonl, checkpoints/ until the
+    end, unet.safetensors with its golden file, predictions.png, and last result.json. A run that
+    has it is done: nothing is trained again.
 
     Returns:
       What result.json holds.
@@ -65,12 +67,18 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     windows = windows_of(config.crop_px, config.overlap_px, config.margin_px)
     ready = prepare(config)
     out = open_run(config.out, config, ready.facts())
+    if (out / "result.json").exists() and (out / UNET).exists():
+        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        say(f"{out}: is done\n{table(result)}")
+        return dict(result)
     write_split(out / "split.json", ready.split, ready.task)
     fitted, *trees = train(config, ready, out)
     write_weights(config, out, ready, fitted, *trees)
     matrices = judge(config, ready, windows, out, *trees)
     result = result_of(config, ready, fitted, matrices)
     write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
+    if not config.keep_checkpoints:
+        shutil.rmtree(out / "checkpoints")
     say(table(result))
     return result
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,24 +162,56 @@ def test_again_is_no_training_and_other_settings_are_refused(
     trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, line = trained
-    before = (run / "unet.safetensors").read_bytes()
+    names = {path.name for path in run.iterdir()}
+    assert "checkpoints" not in names
+    before = (run / "unet.safetensors").stat().st_mtime_ns
     assert main(line) == 0
-    assert (run / "unet.safetensors").read_bytes() == before
+    assert "is done" in capsys.readouterr().out
+    assert (run / "unet.safetensors").stat().st_mtime_ns == before
+    assert {path.name for path in run.iterdir()} == names
     said = refused(capsys, [*line, "--training.epochs", "9"])
     assert "training.epochs: 8 -> 9" in said
 
 
 @pytest.mark.slow
 def test_one_device_and_four(folder: Path, tmp_path: Path) -> None:
-    """The order of sums alone differs, which Adam enlarges step by step; measured 2e-6, 3e-5."""
+    """The order of sums alone differs: measured 3e-7 of the loss in the first epoch, and 7e-5 in
+    the second, since Adam's first steps are the signs of gradients, of small ones too."""
     for devices in ("1", "4"):
         line = ["segment", ENCODER, "--out", str(tmp_path / devices), *flags(folder)]
         line += ["--training.rate", "1e-4", "--training.epochs", "2"]
         assert main([*line, "--training.devices", devices]) == 0
     one, four = (lines(tmp_path / devices) for devices in ("1", "4"))
-    print([(a["loss"], b["loss"]) for a, b in zip(one, four, strict=True)])
-    assert one[0]["loss"] == pytest.approx(four[0]["loss"], rel=1e-5)
-    assert one[1]["loss"] == pytest.approx(four[1]["loss"], rel=2e-4)
+    assert one[0]["loss"] == pytest.approx(four[0]["loss"], rel=5e-6)
+    assert one[1]["loss"] == pytest.approx(four[1]["loss"], rel=5e-4)
+
+
+def ended_after(line: list[str], said: str, number: int) -> int:
+    """Starts the line, sends it the signal once it has said something; its exit code."""
+    command = [sys.executable, "-m", "jaxhisto.cli", *line]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(said in text for text in process.stdout)
+        process.send_signal(number)
+        process.stdout.read()
+        return process.wait()
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_it_ends_in_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    def line(out: str) -> list[str]:
+        return ["segment", ENCODER, "--out", str(tmp_path / out), *flags(folder), "--crops", "3"]
+
+    assert main(line("whole")) == 0
+    assert ended_after(line("ended"), "epoch 2:", signal.SIGKILL) == -signal.SIGKILL
+    assert ended_after(line("ended"), "epoch 3:", signal.SIGTERM) == 75
+    assert main(line("ended")) == 0
+    for name in ("unet.safetensors", "unet.safetensors.golden.safetensors"):
+        whole, ended = ((tmp_path / out / name).read_bytes() for out in ("whole", "ended"))
+        assert whole == ended
+    assert [one["loss"] for one in lines(tmp_path / "whole")] == [
+        one["loss"] for one in lines(tmp_path / "ended")
+    ]
 
 
 @pytest.mark.slow
