@@ -9,8 +9,10 @@ from jaxhisto.console import say, say_next
 from jaxhisto.downstream_config import (
     ClusterConfig,
     EmbedConfig,
+    PredictConfig,
     ProbeConfig,
     RetrieveConfig,
+    SegmentConfig,
     SheetConfig,
 )
 from jaxhisto.flags import parse
@@ -83,4 +85,32 @@ def sheet(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, cluster, retrieve, sheet)
+def segment(argv: Sequence[str]) -> int:
+    """images with masks -> a UNet on an encoder, and its macro F1"""
+    config = parse(SegmentConfig, argv, "segment")
+    from jaxhisto.downstream.segment import segment as train
+
+    train(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """a trained UNet on images or whole slides -> masks and overlays"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import predict as run
+
+    run(config)
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
+    embed,
+    probe,
+    predict,
+    segment,
+    cluster,
+    retrieve,
+    sheet,
+)
