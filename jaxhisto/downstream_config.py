@@ -2,10 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxhisto.config import MANY, within
+from jaxhisto.config import MANY, OPERATIONAL, POSITIONAL, within
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """How whole slides are cut into tiles, as `jaxhisto tile` has it."""
+
+    tile_mpp: float | None = within(None, 0.01, 100)
+    """Pixel size of the tiles in um/px; none: each slide's own highest resolution."""
+    mpp: float | None = within(None, 0.02, 100)
+    """Pixel size at level 0 in um/px for slides that do not state one."""
+    foreground: Literal["ciga2022", "otsu", "od"] = "ciga2022"
+    """Foreground rule: `ciga2022` (paper, App. B), `otsu` or `od`."""
+    close_um: float = within(100.0, 0, 2000)
+    """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off."""
+    min_foreground: float = within(0.5, 0, 1)
+    """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
+    max_tiles: int = within(0, 0, MANY)
+    """Most tiles of one slide, drawn at random; 0: all."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Features of tiles, images and whole slides from an encoder, into one HDF5 file."""
+
+    encoder: str = field(metadata=POSITIONAL)
+    """Run folder, encoder.safetensors, another project's file, a name of `jaxhisto zoo list`,
+    `random:resnet18` (with a seed: `random:resnet18:1`), or `handmade` (colour and LBP)."""
+    tiles: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tile stores, folders, zip, tar and HDF5 files of images, CSV lists, `tfds:NAME`; or whole
+    slides and folders of slides."""
+    out: str
+    """The HDF5 file to write; a killed line goes on where it was."""
+    kind: Literal["auto", "tiles", "slides"] = "auto"
+    """Whether `tiles` are images or whole slides, where their names do not say (.tif)."""
+    tile_px: int = within(0, 0, 8192)
+    """Side in pixels at which a tile is fed; others are resized, of long ones the middle square
+    taken. 0: as the encoder was trained."""
+    layer: int = within(4, 1, 4)
+    """Stage whose map is averaged; 4: the encoder's features."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Mean that the encoder wants subtracted from RGB in 0..1, where its file does not say."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Standard deviation to divide by, likewise."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Arithmetic of the convolutions."""
+    per_slide: str = ""
+    """Also a folder with one HDF5 file a slide."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids of a store."""
+    manifest: str = ""
+    """List of tiles from `jaxhisto sample`: exactly those of `tiles`, in its order."""
+    max_side: int = within(512, 32, 8192)
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    cut: CutConfig = field(default_factory=CutConfig)
+    batch: int = within(64, 1, 4096)
+    """Tiles that a device takes at a time; the numbers are the same on any number of devices."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""
+    prefetch: int = within(2, 0, 1024, operational=True)
+    """Batches decoded ahead."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there under that name, and begin anew."""
 
 
 @dataclass(frozen=True)
@@ -68,3 +136,96 @@ class TaskConfig:
     validation_by_image: bool = False
     """Draw the validation images from the groups that are trained on: where too few groups are
     left for one of their own. The test stays clean, the validation score is too good."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What frozen features are worth on a task: last-layer training, linear probe, neighbours."""
+
+    features: str = field(metadata=POSITIONAL)
+    """File of `jaxhisto embed` (.h5), or an encoder as `embed` takes it, of which features are
+    computed at `task.side` px and kept nowhere."""
+    out: str
+    """The record to write, JSON; the split lies beside it."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    encoder: str = ""
+    """Encoder that the file of features must be of; another one's is refused."""
+    probes: tuple[Literal["last_layer", "linear", "knn"], ...] = ("last_layer", "linear", "knn")
+    """`last_layer`: a linear layer trained by Adam (paper); `linear`: logistic regression by L-BFGS
+    or ridge regression in closed form; `knn`: nearest neighbours by cosine."""
+    percent: float = within(100.0, 1e-9, 100)
+    """Percent of the training images that are used (paper: 5, 10, 20, 50, 100)."""
+    scarce: Literal["group", "image"] = "group"
+    """Whether few percent are few groups, or few images of each."""
+    repeat: int = within(0, 0, MANY)
+    """Number of the draw of these (paper: 5 repeats)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw, of the layer's initial weights and batches, and of the bootstrap."""
+    epochs: int = within(100, 1, 100000)
+    """Of the last layer (paper: 100); the one with the best validation score is taken."""
+    batch: int = within(128, 1, MANY)
+    """Images in a batch of the last layer (paper: 128)."""
+    rate: float = within(1e-3, 1e-9, 10)
+    """Learning rate of Adam. PyTorch's default; the paper names none."""
+    weight_decay: float | None = within(None, 0, 10)
+    """Of the last layer; none: 1e-5 for ResNet10 and 18, else 1e-4 (paper)."""
+    standardise: bool = True
+    """Give features the training images' mean 0 and deviation 1 first; not for `knn`. Ours."""
+    select: Literal["validation", "groups"] = "validation"
+    """How the strength of `linear` is chosen: on the validation images, or by leaving out groups
+    of training and validation, on both of which the probe is then fitted."""
+    k: int = within(20, 1, MANY)
+    """Neighbours."""
+    tau: float = within(0.07, 1e-6, 1e6)
+    """Temperature of their votes."""
+    draws: int = within(1000, 1, MANY)
+    """Bootstrap draws of the test images, or of their groups, for the intervals."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Of an encoder whose file does not say, as in `embed`."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Likewise."""
+    embed_batch: int = within(64, 1, 4096)
+    """Images that a device takes at a time where features are computed."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to compute features on; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Supervised training of a whole network (paper: sec. 4.2)."""
+
+    epochs: int = within(100, 1, 100000)
+    """Passes over the training images (paper: 100); the one with the best validation score is
+    taken (paper)."""
+    patience: int = within(0, 0, 100000)
+    """Stop after so many epochs without a better validation score; 0: never (paper)."""
+    batch: int = within(128, 1, MANY)
+    """Images in the global batch (paper: 128); lowered, and said, where there are fewer."""
+    rate: float = within(1e-4, 1e-9, 10)
+    """Learning rate of Adam. Ours; the paper names none."""
+    weight_decay: float | None = within(None, 0, 10)
+    """L2 in the gradient; none: 1e-5 for ResNet10 and 18, else 1e-4 (paper)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of new weights, of the order and of the augmentation."""
+    crop_area: tuple[float, float] = within((1.0, 1.0), 1e-6, 1, ordered=True)
+    """Area of a random crop as a share of the image, resized to its side; 1 1: none. Ours."""
+    flips: bool = True
+    """Flip each axis with 50 %. Ours, as the others here: the paper names no augmentation."""
+    rot90: bool = True
+    """Turn by 0, 90, 180 or 270 degrees, 25 % each."""
+    jitter: Literal["none", "light", "medium", "heavy"] = "light"
+    """Brightness, contrast, saturation, hue, as in `pretrain`: light .4 .4 .4 .2."""
+    jitter_probability: float = within(0.8, 0, 1)
+    """Share of the images that are jittered."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Of the convolutions in training; parameters, BatchNorm and loss are float32."""
+    checkpoint_every: int = within(1, 1, 100000, operational=True)
+    """Epochs between two checkpoints."""
+    log_every: int = within(50, 1, MANY, operational=True)
+    """Steps between two lines of progress, where there is no terminal."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to train on; 0: all. The numbers are the same but for the order of sums."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""

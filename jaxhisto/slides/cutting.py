@@ -231,15 +231,24 @@ def _picture(slide: Slide, view: Overview) -> Pixels:
     return fitted(rgb, PICTURE_PX)
 
 
+def own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
+    """Foreground share of a tile seen alone, at the mask's pixel size."""
+    small, side_mpp = _alone(rgb, mpp)
+    return float(foreground(small, config.foreground, side_mpp, config.close_um).mean())
+
+
 def _own_reason(rgb: Pixels, mpp: float, config: TileConfig) -> str:
     """Why a tile seen alone, at the mask's pixel size, is not kept; empty where it is."""
-    factor = max(1.0, MASK_MPP / mpp)
-    small = _small(rgb, max(1, round(rgb.shape[0] / factor)))
-    side_mpp = mpp * rgb.shape[0] / small.shape[0]
-    share = foreground(small, config.foreground, side_mpp, config.close_um).mean()
-    if share < config.min_foreground:
+    if own_share(rgb, mpp, config) < config.min_foreground:
         return "background"
+    small, side_mpp = _alone(rgb, mpp)
     return "pen" if pen_marks(small, config.pen, side_mpp).mean() >= MOST else ""
+
+
+def _alone(rgb: Pixels, mpp: float) -> tuple[Pixels, float]:
+    """A tile at the mask's pixel size, and that size in um."""
+    small = _small(rgb, max(1, round(rgb.shape[0] / max(1.0, MASK_MPP / mpp))))
+    return small, mpp * rgb.shape[0] / small.shape[0]
 
 
 def _small(rgb: Pixels, side: int) -> Pixels:
