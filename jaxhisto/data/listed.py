@@ -87,7 +87,7 @@ class Listed:
         return source.name(row)
 
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.located(row, at)
 
     def mpp_range(self) -> tuple[float, float] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto.console import say, say_next
-from jaxhisto.downstream_config import EmbedConfig, ProbeConfig
+from jaxhisto.downstream_config import EmbedConfig, FinetuneConfig, PredictConfig, ProbeConfig
 from jaxhisto.flags import parse
 
 
@@ -34,4 +34,24 @@ def probe(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe)
+def finetune(argv: Sequence[str]) -> int:
+    """an encoder and a task -> the trained network, with its scores"""
+    config = parse(FinetuneConfig, argv, "finetune")
+    from jaxhisto.downstream.finetune import run_finetune
+
+    run_finetune(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict {quote(config.out)} IMAGES --out predictions.csv")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import run_predict
+
+    say(f"{config.out}: {run_predict(config):,} tiles")
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, finetune, predict)
