@@ -66,8 +66,9 @@ def run_predict(config: PredictConfig) -> int:
             for features in features_of(encoder, images(), config.batch, mesh):
                 found = head.predictions(features)
                 for at, values in zip(places.popleft(), found, strict=True):
-                    name = tiles.names(len(rows) - 1)
-                    rows.append([name, str(at[0]), str(at[1]), *said(values, head.classes)])
+                    x, y = (int(v) for v in at)
+                    place = tiles.located(len(rows) - 1, (x, y))
+                    rows.append([place.name, str(x), str(y), *said(values, head.classes)])
                 progress.advance(len(features))
         finally:
             blocks.close()
