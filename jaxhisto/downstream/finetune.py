@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def _trained(
         write_model(out, config, task, encoder, targets, params, stats, head, fitted, facts)
         write_predictions(out, task, data, predictions)
         write_atomically(out / RESULT, json.dumps(record, indent=1) + "\n")
+        if not config.keep_checkpoints:
+            shutil.rmtree(out / "checkpoints")
     say(table([found], data))
     return record
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto.console import say, say_next
-from jaxhisto.downstream_config import EmbedConfig, FinetuneConfig, PredictConfig, ProbeConfig
+from jaxhisto.downstream_config import (
+    ClassifyConfig,
+    EmbedConfig,
+    FinetuneConfig,
+    PredictConfig,
+    ProbeConfig,
+    SegmentConfig,
+)
 from jaxhisto.flags import parse
 
 
@@ -34,6 +41,26 @@ def probe(argv: Sequence[str]) -> int:
     return 0
 
 
+def segment(argv: Sequence[str]) -> int:
+    """images with masks -> a UNet on an encoder, and its macro F1"""
+    config = parse(SegmentConfig, argv, "segment")
+    from jaxhisto.downstream.segment import segment as train
+
+    train(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """a trained UNet on images or whole slides -> masks and overlays"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import predict as run
+
+    run(config)
+    return 0
+
+
 def finetune(argv: Sequence[str]) -> int:
     """an encoder and a task -> the trained network, with its scores"""
     config = parse(FinetuneConfig, argv, "finetune")
@@ -41,17 +68,24 @@ def finetune(argv: Sequence[str]) -> int:
 
     run_finetune(config)
     say(f"wrote {config.out}")
-    say_next(f"jaxhisto predict {quote(config.out)} IMAGES --out predictions.csv")
+    say_next(f"jaxhisto classify {quote(config.out)} IMAGES --out predictions.csv")
     return 0
 
 
-def predict(argv: Sequence[str]) -> int:
+def classify(argv: Sequence[str]) -> int:
     """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
-    config = parse(PredictConfig, argv, "predict")
-    from jaxhisto.downstream.predict import run_predict
+    config = parse(ClassifyConfig, argv, "classify")
+    from jaxhisto.downstream.classify import run_classify
 
-    say(f"{config.out}: {run_predict(config):,} tiles")
+    say(f"{config.out}: {run_classify(config):,} tiles")
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, finetune, predict)
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
+    embed,
+    probe,
+    finetune,
+    classify,
+    segment,
+    predict,
+)

@@ -1,4 +1,4 @@
-"""`jaxhisto finetune` and `predict`: against PyTorch, on devices, through kills, and refusals."""
+"""`jaxhisto finetune` and `classify`: against PyTorch, on devices, through kills, and refusals."""
 
 from __future__ import annotations
 
@@ -275,9 +275,9 @@ def test_the_folder_says_what_was_done(place: Path) -> None:
     assert record["test"]["accuracy"]["value"] == pytest.approx(right)
 
 
-def test_predict_says_of_tiles_what_finetune_said(place, jaxhisto, tmp_path):
+def test_classify_says_of_tiles_what_finetune_said(place, jaxhisto, tmp_path):
     out = tmp_path / "new" / "said.csv"
-    said = ("predict", place / "done", place / "images", "--out", out, "--devices", 1)
+    said = ("classify", place / "done", place / "images", "--out", out, "--devices", 1)
     assert "32 tiles" in jaxhisto(*said)[1]
     known = {r["name"]: r for r in rows_of(place / "done" / "predictions.csv")}
     found = {r["name"]: r for r in rows_of(out)}
@@ -286,18 +286,54 @@ def test_predict_says_of_tiles_what_finetune_said(place, jaxhisto, tmp_path):
         for column in (f"score_{BLUE}", f"score_{RED}"):
             assert float(found[name][column]) == pytest.approx(float(row[column]), abs=2e-6)
     assert "exists; pass --force" in refusal(jaxhisto(*said))
-    said = ("predict", place / "images", place / "images", "--out", tmp_path / "more.csv")
+    said = ("classify", place / "images", place / "images", "--out", tmp_path / "more.csv")
     assert "has no encoder.safetensors" in refusal(jaxhisto(*said))
+
+
+def test_the_export_is_a_stock_classifier(place, jaxhisto, tmp_path):
+    """torchvision's ResNet with `fc`, strictly loaded, gives the predictions that were written."""
+    out = tmp_path / "model.pth"
+    made = ("export", place / "done", "--layout", "torchvision", "--out", out)
+    assert jaxhisto(*made, "--fc", "trained")[0] == 0
+    code, said, _ = jaxhisto("verify", out)
+    assert code == 0, said
+    block = torchvision.models.resnet.BasicBlock
+    network = torchvision.models.resnet.ResNet(block, [1, 1, 1, 1], num_classes=2)
+    network.load_state_dict(torch.load(out, weights_only=True))
+    about = read_json(tmp_path / "model.pth.json")
+    assert (about["classes"], about["class_names"]) == (2, [BLUE, RED])
+    rows = rows_of(place / "done" / "predictions.csv")
+    known = open_task(config_of(place, out).task)
+    images = known.load([known.names.index(r["name"]) for r in rows], SIDE)
+    with torch.inference_mode():
+        theirs = network.eval()(fed(images)).softmax(1).numpy()
+    ours = [[float(r[f"score_{c}"]) for c in about["class_names"]] for r in rows]
+    np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    plain = ("export", place / "encoder.safetensors", *made[2:4], "--fc", "trained")
+    assert "head.safetensors: is not there" in refusal(
+        jaxhisto(*plain, "--out", tmp_path / "p.pth")
+    )
+    wrong = (
+        "export",
+        place / "done",
+        "--layout",
+        "timm",
+        "--fc",
+        "trained",
+        "--out",
+        tmp_path / "t",
+    )
+    assert "has no trained fc" in refusal(jaxhisto(*wrong))
 
 
 def test_a_layer_of_another_encoder_is_refused(place, jaxhisto, tmp_path):
     write_encoder(tmp_path / "encoder.safetensors", seed=6)
     out = ("--out", tmp_path / "said.csv")
     assert "has no head.safetensors" in refusal(
-        jaxhisto("predict", tmp_path, place / "images", *out)
+        jaxhisto("classify", tmp_path, place / "images", *out)
     )
     (tmp_path / "head.safetensors").write_bytes((place / "done/head.safetensors").read_bytes())
-    said = refusal(jaxhisto("predict", tmp_path, place / "images", *out))
+    said = refusal(jaxhisto("classify", tmp_path, place / "images", *out))
     assert "belongs to another encoder" in said
 
 
@@ -488,7 +524,7 @@ def test_running_statistics_are_kept_on_request(place, tmp_path, jaxhisto):
 
 @slow
 def test_a_regression_predicts_in_its_unit(place, tmp_path, jaxhisto):
-    """Better than the mean of the training images; `predict` says the same numbers."""
+    """Better than the mean of the training images; `classify` says the same numbers."""
     made = [*line(place, tmp_path / "out", *STEP), "--task.label", "", "--task.target", "tint"]
     assert jaxhisto(*made, "--training.epochs", 30, "--freeze", "encoder")[0] == 0
     record, split = record_of(tmp_path / "out"), read_json(tmp_path / "out" / "split.json")
@@ -499,7 +535,7 @@ def test_a_regression_predicts_in_its_unit(place, tmp_path, jaxhisto):
     rows = {r["name"]: r for r in rows_of(tmp_path / "out" / "predictions.csv")}
     errors = [abs(float(rows[name]["predicted"]) - tint[name]) for name in split["test"]]
     assert record["test"]["mae"]["value"] == pytest.approx(np.mean(errors))
-    said = ("predict", tmp_path / "out", place / "images", "--out", tmp_path / "said.csv")
+    said = ("classify", tmp_path / "out", place / "images", "--out", tmp_path / "said.csv")
     assert jaxhisto(*said, "--devices", 1)[0] == 0
     found = {r["name"]: float(r["predicted"]) for r in rows_of(said[4])}
     for name, row in rows.items():
@@ -513,6 +549,7 @@ def test_a_killed_process_ends_as_an_undisturbed_one(place, tmp_path):
     subprocess.run(made, check=True)
     assert len(metrics_of(tmp_path / "whole")) == 4
     made[made.index(str(tmp_path / "whole"))] = str(tmp_path / "out")
+    assert not (tmp_path / "whole" / "checkpoints").exists()
     steps = tmp_path / "out" / "checkpoints"
     kills = 0
     for epoch in itertools.count(1):
