@@ -1,33 +1,34 @@
-"""`jaxhisto finetune` and `classify`: against PyTorch, on devices, through kills, and refusals."""
+"""`jaxhisto finetune` and `classify`: against PyTorch, the folder, and refusals."""
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from made_sets import MEAN, SIDE, STD, read_json, tissue, write_encoder, write_images
+from finetuning import (
+    BLUE,
+    RED,
+    STEP,
+    config_of,
+    fed,
+    labelled,
+    line,
+    metrics_of,
+    refusal,
+    rows_of,
+    stock,
+)
+from made_sets import SIDE, read_json, write_encoder, write_images
 
 from jaxhisto import cli, tensor_file
 from jaxhisto.data.tasks import open_task
 from jaxhisto.downstream import classifier
 from jaxhisto.downstream.finetune import run_finetune
-from jaxhisto.downstream_config import FinetuneConfig, TaskConfig, TrainingConfig
-
-PLAIN = ("--training.no-flips", "--training.no-rot90", "--training.jitter", "none")
-BLUE, RED = "blue", "red"
 
 
 @pytest.fixture
@@ -42,43 +43,6 @@ def jaxhisto(capsys):
     return run
 
 
-def refusal(result: tuple[int, str, str], code: int = 1) -> str:
-    """The one sentence."""
-    assert result[0] == code, result
-    lines = [line for line in result[2].splitlines() if line.startswith("jaxhisto ")]
-    assert len(lines) == 1, result[2]
-    return lines[0]
-
-
-def labelled(folder: Path, count: int = 32) -> Path:
-    """Images of two colours that overlap in none, and labels.csv: label, shuffled, patient, tint.
-
-    Half of the images are red; their tint is how red, 0..100.
-    """
-    rng = np.random.default_rng(7)
-    images, rows = {}, ["file,label,shuffled,patient,tint"]
-    shuffled = rng.permutation(np.arange(count) % 2)
-    for i, image in enumerate(tissue(count, 3)):
-        tint = rng.uniform(30, 50) * (1 if i % 2 else -1)
-        image = np.clip(image.astype(int) + np.array([tint, 0, -tint]).astype(int), 0, 255)
-        images[f"images/{i:02d}.png"] = image.astype(np.uint8)
-        names = [(BLUE, RED)[k] for k in (i % 2, shuffled[i])]
-        rows.append(f"{i:02d}.png,{','.join(names)},p{i // 4 % 4},{tint + 50:.3f}")
-    write_images(folder, images)
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def task(folder: Path, *more: object, label: str = "label") -> list[object]:
-    """The flags of the set as a classification, divided by image: 16, 8 and 8 of 32."""
-    flags = ["--task.data", folder / "images", "--task.labels", folder / "labels.csv"]
-    return [*flags, "--task.label", label, "--task.side", SIDE, *more]
-
-
-STEP = ("--training.batch", 16, "--training.rate", 1e-3, "--training.weight-decay", 0.1, *PLAIN)
-"""One batch an epoch, of images as they are; in all fast tests, so that one program serves them."""
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set, an encoder, and a finished fine-tuning of it in `done`; read only."""
@@ -87,75 +51,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_encoder(place / "encoder.safetensors")
     assert cli.main([str(a) for a in line(place, place / "done", *STEP)]) == 0
     return place
-
-
-def line(place: Path, out: Path, *more: object) -> list[object]:
-    """Four epochs on one device."""
-    flags = ["--training.epochs", 4, "--training.devices", 1]
-    return ["finetune", place / "encoder.safetensors", "--out", out, *task(place), *flags, *more]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def metrics_of(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock says."""
-    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("epoch_s", "time")} for line in lines]
-
-
-def record_of(out: Path) -> dict[str, Any]:
-    """result.json without date and command."""
-    return {k: v for k, v in read_json(out / "result.json").items() if k != "environment"}
-
-
-def same(a: Path, b: Path) -> bool:
-    """Whether two fine-tunings left the same bytes."""
-    names = ("encoder.safetensors", "head.safetensors", "golden.safetensors", "predictions.csv")
-    same_files = all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
-    return same_files and metrics_of(a) == metrics_of(b) and record_of(a) == record_of(b)
-
-
-def stock(folder: Path, outputs: int) -> torch.nn.Module:
-    """torchvision's ResNet, with the encoder of a folder, and no last layer yet."""
-    block = torchvision.models.resnet.BasicBlock
-    network = torchvision.models.resnet.ResNet(block, [1, 1, 1, 1], num_classes=outputs)
-    tensors, _ = tensor_file.read(folder / "encoder.safetensors")
-    own = {k: torch.tensor(v) for k, v in tensors.items() if not k.startswith("fc.")}
-    missing, unexpected = network.load_state_dict(own, strict=False)
-    assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
-    return network
-
-
-def fed(images: np.ndarray) -> torch.Tensor:
-    """(n, 3, S, S), normalised."""
-    scaled = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-CONFIG = FinetuneConfig(
-    "",
-    "",
-    TaskConfig(label="label", side=SIDE),
-    TrainingConfig(
-        epochs=1,
-        batch=16,
-        rate=1e-3,
-        weight_decay=0.1,
-        flips=False,
-        rot90=False,
-        jitter="none",
-        devices=1,
-    ),
-)
-
-
-def config_of(place: Path, out: Path, **changes: Any) -> FinetuneConfig:
-    data = replace(CONFIG.task, data=str(place / "images"), labels=str(place / "labels.csv"))
-    fields = {"encoder": str(place / "encoder.safetensors"), "out": str(out), "task": data}
-    return replace(CONFIG, **fields | changes)
 
 
 def one_step_of_torch(
@@ -406,167 +301,3 @@ def test_weights_that_are_no_numbers_name_epoch_and_images(place, jaxhisto, tmp_
     names = said.split(" of ")[1].split(" and ")[0].split(", ")
     assert set(names) <= set(read_json(place / "done" / "split.json")["train"])
     assert not (tmp_path / "out" / "result.json").exists()
-
-
-@slow
-def test_the_best_epoch_on_validation_is_what_is_written(place, tmp_path, monkeypatch):
-    """Scores are planted: 2 of 3 epochs is best, and a run of 2 epochs ends with its weights."""
-    score = classifier.validation_score
-    for name, planted in (("three", (0.1, 0.9, 0.5, 0.9)), ("two", (0.1, 0.9, 0.9))):
-        scores = iter(planted)
-        monkeypatch.setattr(
-            classifier,
-            "validation_score",
-            lambda *found, scores=scores: {**score(*found), "score": next(scores)},
-        )
-        training = replace(CONFIG.training, epochs=len(planted) - 1)
-        record = run_finetune(config_of(place, tmp_path / name, training=training))
-        assert (record["epoch"], record["epochs"]) == (2, len(planted) - 1)
-    for file in ("encoder.safetensors", "head.safetensors", "predictions.csv"):
-        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "three" / file).read_bytes()
-
-
-@slow
-def test_less_labels(place: Path, tmp_path: Path) -> None:
-    """Half of the training images, which the quarter's are of; more than a batch is no must."""
-    taken = {}
-    for percent in (50.0, 25.0):
-        out = tmp_path / str(percent)
-        config = config_of(place, out, percent=percent, scarce="image", repeat=1, freeze="encoder")
-        assert run_finetune(config)["images"]["train"] == 16 * percent / 100
-        taken[percent] = set(read_json(out / "split.json")["trained_on"])
-    assert taken[25.0] < taken[50.0] < set(read_json(out / "split.json")["train"])
-
-
-def shades(folder: Path, count: int, seed: int) -> Path:
-    """`labelled`, of more images, two brightnesses far apart."""
-    rng = np.random.default_rng(seed)
-    rows = ["file,label,shuffled"]
-    shuffled = rng.permutation(np.arange(count) % 2)
-    images = {}
-    for i, image in enumerate(tissue(count, seed)):
-        images[f"images/{i:03d}.png"] = image // 3 + np.uint8(150 * (i % 2))
-        rows.append(f"{i:03d}.png,{(BLUE, RED)[i % 2]},{(BLUE, RED)[shuffled[i]]}")
-    write_images(folder, images)
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-@slow
-def test_what_can_be_told_apart_is_learnt_and_what_cannot_is_not(tmp_path, jaxhisto):
-    """Accuracy 1 of 64 test images by true labels, chance by shuffled ones."""
-    place = shades(tmp_path, 256, 1)
-    training = ("--training.epochs", 12, "--training.batch", 16, "--training.rate", 1e-3)
-    found = {}
-    for label in ("label", "shuffled"):
-        flags = task(place, *training, "--training.devices", 1, label=label)
-        out = tmp_path / label
-        assert jaxhisto("finetune", "random:resnet10", "--out", out, *flags)[0] == 0
-        found[label] = read_json(out / "result.json")["test"]["accuracy"]["value"]
-    assert found["label"] == 1.0
-    # Of 64 throws of a coin a share outside of these comes once in 4000.
-    assert 0.27 < found["shuffled"] < 0.73
-
-
-@slow
-def test_the_same_on_one_device_and_on_four(place, tmp_path, jaxhisto):
-    """Augmented, with the default rate, two steps an epoch of which the second is filled up.
-
-    Seen after four steps: losses 4e-6 apart with this seed, 2e-5 and 5e-4 with two others, where
-    a ReLU at 0 fell to another side; weights that differ by 1e-7 from the start do no less.
-    """
-    flags = ("--training.batch", 8, "--training.epochs", 2, "--percent", 80)
-    flags += ("--training.seed", 1)
-    for devices in (1, 4):
-        out = tmp_path / str(devices)
-        made = line(place, out, *flags, "--training.devices", devices)
-        assert jaxhisto(*made)[0] == 0
-    losses = [[m["loss"] for m in metrics_of(tmp_path / n)] for n in "14"]
-    rows = [rows_of(tmp_path / n / "predictions.csv") for n in "14"]
-    said = [[float(r[f"score_{RED}"]) for r in found] for found in rows]
-    np.testing.assert_allclose(*losses, rtol=2e-5)
-    np.testing.assert_allclose(*said, atol=5e-6)
-    assert record_of(tmp_path / "1")["epoch"] == record_of(tmp_path / "4")["epoch"]
-
-
-@slow
-def test_a_frozen_encoder_is_the_probes_last_layer(place, tmp_path, jaxhisto):
-    """One batch an epoch, no augmentation, features as they are: the same epoch and scores."""
-    shared = ["--rate", 1e-2, "--epochs", 10, "--batch", 16, "--weight-decay", 0.1]
-    own = [f"--training.{flag[2:]}" if isinstance(flag, str) else flag for flag in shared]
-    made = [*line(place, tmp_path / "out", "--freeze", "encoder"), *PLAIN, *own]
-    assert jaxhisto(*made)[0] == 0
-    probed = ["probe", place / "encoder.safetensors", *task(place), *shared, "--no-standardise"]
-    probed += ["--probes", "last_layer", "--out", tmp_path / "probe.json", "--devices", 1]
-    assert jaxhisto(*probed)[0] == 0
-    ours, theirs = record_of(tmp_path / "out"), read_json(tmp_path / "probe.json")["probes"][0]
-    assert ours["epoch"] == theirs["chosen"]["epoch"]
-    for name, interval in theirs["test"].items():
-        assert ours["test"][name] == pytest.approx(interval), name
-    assert ours["validation"] == pytest.approx(theirs["validation"])
-    before = tensor_file.read(place / "encoder.safetensors")[0]
-    for name, tensor in tensor_file.read(tmp_path / "out" / "encoder.safetensors")[0].items():
-        if not name.endswith("num_batches_tracked"):
-            np.testing.assert_array_equal(tensor, before[name])
-
-
-@slow
-def test_running_statistics_are_kept_on_request(place, tmp_path, jaxhisto):
-    made = line(place, tmp_path / "out", *STEP, "--freeze", "bn")
-    assert jaxhisto(*made)[0] == 0
-    before, _ = tensor_file.read(place / "encoder.safetensors")
-    after, _ = tensor_file.read(tmp_path / "out" / "encoder.safetensors")
-    changed = {k for k, v in after.items() if not np.array_equal(v, before[k])}
-    assert not [k for k in changed if "running" in k]
-    trained = {k for k in after if k.endswith(("weight", "bias"))}
-    assert trained <= changed
-
-
-@slow
-def test_a_regression_predicts_in_its_unit(place, tmp_path, jaxhisto):
-    """Better than the mean of the training images; `classify` says the same numbers."""
-    made = [*line(place, tmp_path / "out", *STEP), "--task.label", "", "--task.target", "tint"]
-    assert jaxhisto(*made, "--training.epochs", 30, "--freeze", "encoder")[0] == 0
-    record, split = record_of(tmp_path / "out"), read_json(tmp_path / "out" / "split.json")
-    tint = {r["file"]: float(r["tint"]) for r in rows_of(place / "labels.csv")}
-    train, test = (np.array([tint[name] for name in split[p]]) for p in ("train", "test"))
-    assert record["target"] == pytest.approx([train.mean(), train.std()])
-    assert record["test"]["mae"]["value"] < 0.8 * np.abs(test - train.mean()).mean()
-    rows = {r["name"]: r for r in rows_of(tmp_path / "out" / "predictions.csv")}
-    errors = [abs(float(rows[name]["predicted"]) - tint[name]) for name in split["test"]]
-    assert record["test"]["mae"]["value"] == pytest.approx(np.mean(errors))
-    said = ("classify", tmp_path / "out", place / "images", "--out", tmp_path / "said.csv")
-    assert jaxhisto(*said, "--devices", 1)[0] == 0
-    found = {r["name"]: float(r["predicted"]) for r in rows_of(said[4])}
-    for name, row in rows.items():
-        assert found[name] == pytest.approx(float(row["predicted"]), abs=1e-3)
-
-
-@slow
-def test_a_killed_process_ends_as_an_undisturbed_one(place, tmp_path):
-    flags = [*line(place, tmp_path / "whole"), "--training.batch", 4]
-    made = [sys.executable, "-m", "jaxhisto.cli", *map(str, flags)]
-    subprocess.run(made, check=True)
-    assert len(metrics_of(tmp_path / "whole")) == 4
-    made[made.index(str(tmp_path / "whole"))] = str(tmp_path / "out")
-    assert not (tmp_path / "whole" / "checkpoints").exists()
-    steps = tmp_path / "out" / "checkpoints"
-    kills = 0
-    for epoch in itertools.count(1):
-        process = subprocess.Popen(made)
-        while process.poll() is None:
-            done = (
-                [int(p.name) for p in steps.iterdir() if p.name.isdigit()] if steps.exists() else []
-            )
-            if max(done, default=0) >= 4 * epoch:
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.002)
-        process.wait()
-        if epoch == 2 or (tmp_path / "out" / "result.json").exists():
-            break
-    assert kills == 2
-    said = subprocess.run(made, check=True, capture_output=True, text=True).stdout
-    assert "going on at step" in said
-    assert same(tmp_path / "out", tmp_path / "whole")
