@@ -100,9 +100,9 @@ def test_less_labels(place: Path, tmp_path: Path) -> None:
 
 
 def test_what_can_be_told_apart_is_learnt_and_what_cannot_is_not(tmp_path, jaxhisto):
-    """Accuracy 1 of 64 test images by true labels, chance by shuffled ones."""
-    place = shades(tmp_path, 256, 1)
-    training = ("--training.epochs", 12, "--training.batch", 16, "--training.rate", 1e-3)
+    """Accuracy 1 of 48 test images by true labels, chance by shuffled ones."""
+    place = shades(tmp_path, 192, 1)
+    training = ("--training.epochs", 8, "--training.batch", 16, "--training.rate", 1e-3)
     found = {}
     for label in ("label", "shuffled"):
         flags = task(place, *training, "--training.devices", 1, label=label)
@@ -110,8 +110,8 @@ def test_what_can_be_told_apart_is_learnt_and_what_cannot_is_not(tmp_path, jaxhi
         assert jaxhisto("finetune", "random:resnet10", "--out", out, *flags)[0] == 0
         found[label] = read_json(out / "result.json")["test"]["accuracy"]["value"]
     assert found["label"] == 1.0
-    # Of 64 throws of a coin a share outside of these comes once in 4000.
-    assert 0.27 < found["shuffled"] < 0.73
+    # Of 48 throws of a coin a share outside of these comes once in 1400.
+    assert 0.25 < found["shuffled"] < 0.75
 
 
 def test_the_same_on_one_device_and_on_four(place, tmp_path, jaxhisto):
