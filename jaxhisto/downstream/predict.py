@@ -148,7 +148,9 @@ def opened(one: Input, config: PredictConfig, unet: TrainedUNet) -> Iterator[Ras
         try:
             yield ImageRaster(decode_image(read_bytes(one.path)))
         except ImageError as error:
-            raise StoreError(f"{one.path}: {error}.") from error
+            tiff = one.path.suffix.lower() in reader.SUFFIXES
+            hint = "; if it is a whole slide, pass --kind slides" if tiff else ""
+            raise StoreError(f"{one.path}: {error}{hint}.") from error
         return
     with reader.Slide(one.path, one.given) as slide:
         yield SlideRaster(slide, pixel_size_of(config, unet))

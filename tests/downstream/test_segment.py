@@ -125,7 +125,9 @@ def test_the_unet_is_exported_for_smp_and_gives_the_same(
 
 
 @pytest.mark.slow
-def test_predicting_images_and_a_slide(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_predicting_images_and_a_slide(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, _ = trained
     inputs = tmp_path / "in"
     (inputs / "deep").mkdir(parents=True)
@@ -149,6 +151,10 @@ def test_predicting_images_and_a_slide(trained: tuple[Path, list[str]], tmp_path
         slide, image.repeat(2, 0).repeat(2, 1), tile=(64, 64), photometric="rgb",
         resolution=(40000, 40000), resolutionunit="CENTIMETER",
     )  # fmt: skip
+    pages = tmp_path / "pages.tif"
+    tifffile.imwrite(pages, np.stack([image, image]), photometric="rgb")
+    line = ["predict", str(pages), "--unet", str(run), "--out", str(tmp_path / "p")]
+    assert "pass --kind slides" in refused(capsys, line)
     line = ["predict", str(slide), "--unet", str(run), "--out", str(tmp_path / "s"), "--kind"]
     assert main([*line, "slides"]) == 2  # the UNet does not say at how many um/px it was trained
     assert main([*line, "slides", "--tile-mpp", "0.5"]) == 0  # the slide has 0.25

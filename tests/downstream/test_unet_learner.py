@@ -97,6 +97,7 @@ def test_a_frozen_encoder_is_smps_in_evaluation_mode() -> None:
     np.testing.assert_allclose(grads["segmentation_head"]["0"]["kernel"], head, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_encoder_that_was_given_is_what_it_starts_from() -> None:
     params, stats = unet.init("resnet10", C, seed=5)
     marked = jax.tree.map(lambda leaf: leaf + 1, params["encoder"])
