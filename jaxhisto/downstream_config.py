@@ -409,3 +409,67 @@ class PredictConfig:
     """Devices to use; 0: all."""
     force: bool = field(default=False, metadata=OPERATIONAL)
     """Replace what is there under these names."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """An encoder and a linear layer trained on a task, all layers of them (paper: sec. 4.2)."""
+
+    encoder: str = field(metadata=POSITIONAL)
+    """What to start from, as `embed` takes it: run folder, encoder.safetensors, another project's
+    file, a name of `jaxhisto zoo list`, `random:resnet18`."""
+    out: str
+    """Folder of the result; the same line again goes on where it was."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    freeze: Literal["none", "bn", "encoder"] = "none"
+    """`none`: all layers are trained (paper: fine-tuning), BatchNorm by the global batch; `bn`:
+    BatchNorm keeps and uses the running statistics it came with, its scale and bias are trained;
+    `encoder`: the last layer alone is trained (paper: last layer), on the features as they are."""
+    percent: float = within(100.0, 1e-9, 100)
+    """Percent of the training images that are used (paper: 5, 10, 20, 50, 100)."""
+    scarce: Literal["group", "image"] = "group"
+    """Whether few percent are few groups, or few images of each."""
+    repeat: int = within(0, 0, MANY)
+    """Number of the draw of these (paper: 5 repeats)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw and of the bootstrap; weights and order have `training.seed`."""
+    draws: int = within(1000, 1, MANY)
+    """Bootstrap draws of the test images, or of their groups, for the intervals."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Of an encoder whose file does not say, as in `embed`."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Likewise."""
+    licence: str = ""
+    """Licence of the trained weights, written into their file; empty: that of the encoder's."""
+    keep_checkpoints: bool = field(default=False, metadata=OPERATIONAL)
+    """Keep the state of training after its end: 450 MB of a ResNet18."""
+    cache_gb: float = within(2.0, 0, 1e6, operational=True)
+    """Images are kept in memory, resized, where they need no more than this, GB."""
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """What a fine-tuned encoder says of tiles, images or whole slides, as a CSV file."""
+
+    model: str = field(metadata=POSITIONAL)
+    """Folder of `jaxhisto finetune`."""
+    tiles: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tiles, images or slides, as `embed` takes them."""
+    out: str
+    """The CSV file to write: name, x, y, class and a score a class, or the number."""
+    kind: Literal["auto", "tiles", "slides"] = "auto"
+    """Whether `tiles` are images or whole slides, where their names do not say (.tif)."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids of a store."""
+    max_side: int = within(512, 32, 8192)
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
+    cut: CutConfig = field(default_factory=CutConfig)
+    batch: int = within(64, 1, 4096)
+    """Tiles that a device takes at a time."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there under that name."""

@@ -7,8 +7,10 @@ from shlex import quote
 
 from jaxhisto.console import say, say_next
 from jaxhisto.downstream_config import (
+    ClassifyConfig,
     ClusterConfig,
     EmbedConfig,
+    FinetuneConfig,
     PredictConfig,
     ProbeConfig,
     RetrieveConfig,
@@ -105,11 +107,33 @@ def predict(argv: Sequence[str]) -> int:
     return 0
 
 
+def finetune(argv: Sequence[str]) -> int:
+    """an encoder and a task -> the trained network, with its scores"""
+    config = parse(FinetuneConfig, argv, "finetune")
+    from jaxhisto.downstream.finetune import run_finetune
+
+    run_finetune(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto classify {quote(config.out)} IMAGES --out predictions.csv")
+    return 0
+
+
+def classify(argv: Sequence[str]) -> int:
+    """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
+    config = parse(ClassifyConfig, argv, "classify")
+    from jaxhisto.downstream.classify import run_classify
+
+    say(f"{config.out}: {run_classify(config):,} tiles")
+    return 0
+
+
 VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
     embed,
     probe,
-    predict,
+    finetune,
+    classify,
     segment,
+    predict,
     cluster,
     retrieve,
     sheet,
