@@ -1,3 +1,189 @@
 """Settings of the verbs that say what an encoder is worth, as `config.py` has those of training."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxhisto.config import MANY, OPERATIONAL, POSITIONAL, within
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """How whole slides are cut into tiles, as `jaxhisto tile` has it."""
+
+    tile_mpp: float | None = within(None, 0.01, 100)
+    """Pixel size of the tiles in um/px; none: each slide's own highest resolution."""
+    mpp: float | None = within(None, 0.02, 100)
+    """Pixel size at level 0 in um/px for slides that do not state one."""
+    foreground: Literal["ciga2022", "otsu", "od"] = "ciga2022"
+    """Foreground rule: `ciga2022` (paper, App. B), `otsu` or `od`."""
+    close_um: float = within(100.0, 0, 2000)
+    """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off."""
+    min_foreground: float = within(0.5, 0, 1)
+    """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
+    max_tiles: int = within(0, 0, MANY)
+    """Most tiles of one slide, drawn at random; 0: all."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Features of tiles, images and whole slides from an encoder, into one HDF5 file."""
+
+    encoder: str = field(metadata=POSITIONAL)
+    """Run folder, encoder.safetensors, another project's file, a name of `jaxhisto zoo list`,
+    `random:resnet18` (with a seed: `random:resnet18:1`), or `handmade` (colour and LBP)."""
+    tiles: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tile stores, folders, zip, tar and HDF5 files of images, CSV lists, `tfds:NAME`; or whole
+    slides and folders of slides."""
+    out: str
+    """The HDF5 file to write; a killed line goes on where it was."""
+    kind: Literal["auto", "tiles", "slides"] = "auto"
+    """Whether `tiles` are images or whole slides, where their names do not say (.tif)."""
+    tile_px: int = within(0, 0, 8192)
+    """Side in pixels at which a tile is fed; others are resized, of long ones the middle square
+    taken. 0: as the encoder was trained."""
+    layer: int = within(4, 1, 4)
+    """Stage whose map is averaged; 4: the encoder's features."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Mean that the encoder wants subtracted from RGB in 0..1, where its file does not say."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Standard deviation to divide by, likewise."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Arithmetic of the convolutions."""
+    per_slide: str = ""
+    """Also a folder with one HDF5 file a slide."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids of a store."""
+    manifest: str = ""
+    """List of tiles from `jaxhisto sample`: exactly those of `tiles`, in its order."""
+    max_side: int = within(512, 32, 8192)
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    cut: CutConfig = field(default_factory=CutConfig)
+    batch: int = within(64, 1, 4096)
+    """Tiles that a device takes at a time; the numbers are the same on any number of devices."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read and decode; 0: one a core."""
+    prefetch: int = within(2, 0, 1024, operational=True)
+    """Batches decoded ahead."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there under that name, and begin anew."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A labelled set on which an encoder is judged, and how it is divided."""
+
+    data: str = ""
+    """Folder of the images; of a published set, the folder it was unpacked to."""
+    layout: Literal[
+        "auto",
+        "bach",
+        "breakhis",
+        "nct_crc",
+        "lymph",
+        "gleason2019",
+        "bach_segmentation",
+        "digestpath2019",
+        "breastpathq",
+    ] = "auto"
+    """`auto`: a folder a class, or a folder with `labels` or `masks`; else one of the paper's
+    sets (App. C.1) in the form in which it is published."""
+    labels: str = ""
+    """CSV file (.tsv: tab-separated) with a row an image."""
+    file: str = "file"
+    """Its column of image names, relative to `data`."""
+    label: str = ""
+    """Its column of classes: a classification task."""
+    target: str = ""
+    """Its column of numbers: a regression task."""
+    target_scale: float = within(1.0, 1e-9, 1e9)
+    """What these numbers are multiplied by; 100 turns a share into percent, as the paper's."""
+    masks: str = ""
+    """Folder with a mask an image, of the same name but for the suffix: a segmentation task."""
+    masks_are: Literal["classes", "instances"] = "classes"
+    """What a mask's pixels are: class ids (of two classes also 0 and 255), or `instances`, each
+    with a number of its own, of which all become one foreground."""
+    classes: tuple[str, ...] = ()
+    """Classes in their order. Of labels: those wanted, others are left out; empty: all, sorted.
+    Of masks: the names of the ids 0, 1, ...; empty: background and foreground."""
+    group: str = ""
+    """Column of patient, slide, section or region; what is of one group is never divided."""
+    group_pattern: str = ""
+    """Instead: a regular expression, whose group in an image's relative name is the group."""
+    window: int = within(0, 0, 65536)
+    """Cut images and masks into windows of this side, px; 0: whole images. Of
+    `bach_segmentation` 0 means 1024 (paper)."""
+    windows: Literal["all", "annotated"] = "all"
+    """Of `bach_segmentation`: all windows, or those that an annotation touches."""
+    side: int = within(224, 8, 8192)
+    """Side to which an image's centre square is resized, px."""
+    test: tuple[str, ...] = ()
+    """Groups to test on; empty: drawn."""
+    split: str = ""
+    """Split file to use; empty: the set's own split, or one that is drawn."""
+    split_seed: int = within(0, 0, MANY)
+    """Seed of the draw of the split."""
+    validation_by_image: bool = False
+    """Draw the validation images from the groups that are trained on: where too few groups are
+    left for one of their own. The test stays clean, the validation score is too good."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What frozen features are worth on a task: last-layer training, linear probe, neighbours."""
+
+    features: str = field(metadata=POSITIONAL)
+    """File of `jaxhisto embed` (.h5), or an encoder as `embed` takes it, of which features are
+    computed at `task.side` px and kept nowhere."""
+    out: str
+    """The record to write, JSON; the split lies beside it."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    encoder: str = ""
+    """Encoder that the file of features must be of; another one's is refused."""
+    probes: tuple[Literal["last_layer", "linear", "knn"], ...] = ("last_layer", "linear", "knn")
+    """`last_layer`: a linear layer trained by Adam (paper); `linear`: logistic regression by L-BFGS
+    or ridge regression in closed form; `knn`: nearest neighbours by cosine."""
+    percent: float = within(100.0, 1e-9, 100)
+    """Percent of the training images that are used (paper: 5, 10, 20, 50, 100)."""
+    scarce: Literal["group", "image"] = "group"
+    """Whether few percent are few groups, or few images of each."""
+    repeat: int = within(0, 0, MANY)
+    """Number of the draw of these (paper: 5 repeats)."""
+    seed: int = within(0, 0, MANY)
+    """Seed of that draw, of the layer's initial weights and batches, and of the bootstrap."""
+    epochs: int = within(100, 1, 100000)
+    """Of the last layer (paper: 100); the one with the best validation score is taken."""
+    batch: int = within(128, 1, MANY)
+    """Images in a batch of the last layer (paper: 128)."""
+    rate: float = within(1e-3, 1e-9, 10)
+    """Learning rate of Adam. PyTorch's default; the paper names none."""
+    weight_decay: float | None = within(None, 0, 10)
+    """Of the last layer; none: 1e-5 for ResNet10 and 18, else 1e-4 (paper)."""
+    standardise: bool = True
+    """Give features the training images' mean 0 and deviation 1 first; not for `knn`. Ours."""
+    select: Literal["validation", "groups"] = "validation"
+    """How the strength of `linear` is chosen: on the validation images, or by leaving out groups
+    of training and validation, on both of which the probe is then fitted."""
+    k: int = within(20, 1, MANY)
+    """Neighbours."""
+    tau: float = within(0.07, 1e-6, 1e6)
+    """Temperature of their votes."""
+    draws: int = within(1000, 1, MANY)
+    """Bootstrap draws of the test images, or of their groups, for the intervals."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Of an encoder whose file does not say, as in `embed`."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Likewise."""
+    embed_batch: int = within(64, 1, 4096)
+    """Images that a device takes at a time where features are computed."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to compute features on; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read images; 0: one a core."""

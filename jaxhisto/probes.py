@@ -38,19 +38,31 @@ def knn_scores(
     Returns:
       (m, classes) float64, each row sums to 1.
     """
-    labels = np.asarray(labels)
+    votes = knn_values(train, np.eye(classes)[np.asarray(labels)], test, k, tau)
+    return votes / votes.sum(1, keepdims=True)
+
+
+def knn_values(
+    train: ArrayLike, values: ArrayLike, test: ArrayLike, k: int = 20, tau: float = 0.07
+) -> Floats:
+    """The mean of (n, v) values over nearest neighbours, weighted as in `knn_scores`.
+
+    Returns:
+      (m, v) float64.
+    """
+    values = np.asarray(values, np.float64)
     a, b = unit(train), unit(test)
     k = min(k, len(a))
-    scores = np.zeros((len(b), classes))
+    means = np.zeros((len(b), values.shape[1]))
     for start in range(0, len(b), AT_ONCE):
         similarity = b[start : start + AT_ONCE] @ a.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         near = np.take_along_axis(similarity, nearest, axis=1)
         # The row's largest is taken off: exp(1 / tau) would overflow for a small tau.
         votes = np.exp((near - near.max(1, keepdims=True)) / tau)
-        rows = np.broadcast_to(np.arange(len(near))[:, None] + start, nearest.shape)
-        np.add.at(scores, (rows, labels[nearest]), votes)
-    return scores / scores.sum(1, keepdims=True)
+        votes /= votes.sum(1, keepdims=True)
+        means[start : start + AT_ONCE] = np.einsum("mk,mkv->mv", votes, values[nearest])
+    return means
 
 
 def ridge_scores(

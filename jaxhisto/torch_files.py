@@ -211,10 +211,11 @@ def run_story(run: Path) -> dict[str, Any]:
 
     metrics = read_metrics(run)
     every = max(1, len(metrics) // 8)
+    records = [json.loads(p.read_text()) for p in sorted(run.glob("probe*.json"))]
     story: dict[str, Any] = {
         "data": json.loads((run / "data.json").read_text()),
         "losses": [[m["step"], m["loss"]] for m in [*metrics[:-1:every], *metrics[-1:]]],
-        "scores": [json.loads(p.read_text()) for p in sorted(run.glob("probe*.json"))],
+        "scores": [r for r in records if "rows" in r],  # those of `jaxhisto probe` have none
     }
     checks = [json.loads(p.read_text()) for p in sorted(run.glob("leakage*.json"))]
     story["leakage"] = [c for c in checks if c["pretraining"]["hash"] == story["data"]["hash"]]

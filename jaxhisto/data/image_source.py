@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.config import DataConfig
+from jaxhisto.data.features import Place
 from jaxhisto.data.images import SUFFIXES, ImageError, decode_image
 from jaxhisto.errors import StoreError
 
@@ -141,6 +142,12 @@ class ImageSource:
         image = self.images[n]
         cell = "" if (h, w) == (image.height, image.width) else f"@{top},{left}"
         return f"{self._place(image.name)}{cell}"
+
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
+        n, top, left, h, w = self._cells[i]
+        image = self.images[n]
+        cell = "" if (h, w) == (image.height, image.width) else f"@{top},{left}"
+        return Place(f"{readable(image.name)}{cell}", "", left, top, float(max(h, w)))
 
     def line(self) -> str:
         cells = "" if len(self) == len(self.images) else f" in {len(self):,} cells"

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.image_source import ImageSource
-from jaxhisto.data.images import ImageError, decode_image
 from jaxhisto.data.listed import Listed
+from jaxhisto.data.named_images import NamedImages, centre_square, load_squares, read_bytes
 from jaxhisto.data.sources import StoreSource, Tiles
 from jaxhisto.errors import StoreError
+
+__all__ = ["Labelled", "centre_square", "read_labelled"]
 
 SHOWN = 5
 
@@ -65,10 +66,10 @@ class Labelled:
         if self.other:
             lines.append(f"  {self.other:,} rows of other classes left out")
         if self.missing:
-            lines.append(f"  {len(self.missing):,} rows without their image: {_few(self.missing)}")
+            lines.append(f"  {len(self.missing):,} rows without their image: {few(self.missing)}")
         if self.unlabelled:
             lines.append(
-                f"  {len(self.unlabelled):,} images without a label: {_few(self.unlabelled)}"
+                f"  {len(self.unlabelled):,} images without a label: {few(self.unlabelled)}"
             )
         return "\n".join(lines)
 
@@ -86,7 +87,7 @@ class Labelled:
         """At most `limit` images (0: all), a function of (seed, names) alone."""
         if not limit or limit >= len(self):
             return self
-        return self.subset(np.array(_drawn(self.names, range(len(self)), seed)[:limit]))
+        return self.subset(np.array(drawn_order(self.names, range(len(self)), seed)[:limit]))
 
     def split(
         self, test: Sequence[str] = (), seed: int = 0
@@ -106,12 +107,12 @@ class Labelled:
             chosen = np.array([g in held_out for g in self.groups], bool)
         elif test:
             raise StoreError(
-                f"{self.folder}: test groups {_few(test)} are named, but no group column; name it."
+                f"{self.folder}: test groups {few(test)} are named, but no group column; name it."
             )
         else:
             chosen = np.zeros(len(self), bool)
             for c in range(len(self.classes)):
-                drawn = _drawn(self.names, np.flatnonzero(self.labels == c).tolist(), seed)
+                drawn = drawn_order(self.names, np.flatnonzero(self.labels == c).tolist(), seed)
                 chosen[drawn[: len(drawn) // 2]] = True
         for side, rows in (("fit on", ~chosen), ("test on", chosen)):
             found = np.unique(self.labels[rows])
@@ -129,14 +130,7 @@ class Labelled:
         Raises:
           StoreError: it cannot be read or decoded.
         """
-        try:
-            return decode_image((self.folder / self.names[i]).read_bytes())
-        except ImageError as error:
-            raise StoreError(f"{self.folder / self.names[i]}: {error}.") from error
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder / self.names[i]}: cannot be read ({error.strerror}); restore it."
-            ) from error
+        return NamedImages(self.folder, self.names).read(i)
 
     def load(self, side: int, threads: int = 0) -> NDArray[np.uint8]:
         """All images as (n, side, side, 3) uint8 RGB: centre square, resized.
@@ -148,25 +142,7 @@ class Labelled:
         Raises:
           StoreError: some cannot be read; says how many and names the first.
         """
-
-        def one(i: int) -> NDArray[np.uint8] | StoreError:
-            try:
-                return centre_square(self.read(i), side)
-            except StoreError as error:
-                return error
-
-        images = np.empty((len(self), side, side, 3), np.uint8)
-        bad = []
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            for i, found in enumerate(pool.map(one, range(len(self)))):
-                if isinstance(found, StoreError):
-                    bad.append(found)
-                else:
-                    images[i] = found
-        if bad:
-            more = f" ({len(bad)} of {len(self)} images cannot be used)" if len(bad) > 1 else ""
-            raise StoreError(f"{bad[0]}{more}")
-        return images
+        return load_squares(self, range(len(self)), side, threads)
 
     def digests(self, threads: int = 0) -> list[bytes]:
         """The sha256 of each image's file.
@@ -176,12 +152,7 @@ class Labelled:
         """
 
         def one(name: str) -> bytes:
-            try:
-                return hashlib.sha256((self.folder / name).read_bytes()).digest()
-            except OSError as error:
-                raise StoreError(
-                    f"{self.folder / name}: cannot be read ({error.strerror}); restore it."
-                ) from error
+            return hashlib.sha256(read_bytes(self.folder / name)).digest()
 
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             return list(pool.map(one, self.names))
@@ -199,14 +170,14 @@ class Labelled:
         same = [n for n, digest in zip(self.names, digests, strict=True) if digest in files]
         if same:
             clauses.append(
-                f"{len(same):,} of {len(self):,} images are in the training data ({_few(same)})"
+                f"{len(same):,} of {len(self):,} images are in the training data ({few(same)})"
             )
         stored = (s for s in tiles.sources if isinstance(s, (StoreSource, Listed)))
         slides = {id for s in stored for id in s.slides}
         stems = slides | {slide.rpartition(".")[0] for slide in slides}
         shared = sorted(set(self.groups or ()) & stems)
         if shared:
-            clauses.append(f"{len(shared)} groups are slides of the training data ({_few(shared)})")
+            clauses.append(f"{len(shared)} groups are slides of the training data ({few(shared)})")
         return clauses
 
     def _test_groups(self, test: Sequence[str], seed: int) -> set[str]:
@@ -214,10 +185,10 @@ class Labelled:
         for name in test:
             if name not in groups:
                 near = difflib.get_close_matches(name, groups, 1) or groups
-                raise StoreError(f"{self.folder}: no group {name!r}; there is {_few(near)}.")
+                raise StoreError(f"{self.folder}: no group {name!r}; there is {few(near)}.")
         if test:
             return set(test)
-        drawn = _drawn(groups, range(len(groups)), seed)[: len(groups) // 2]
+        drawn = drawn_order(groups, range(len(groups)), seed)[: len(groups) // 2]
         return {groups[i] for i in drawn}
 
 
@@ -250,7 +221,7 @@ def read_labelled(
     images = image_names(folder)
     if labels:
         table = Path(labels).expanduser()
-        rows = _rows(table, folder, file, label, group)
+        rows = label_rows(table, folder, file, label, group)
     elif label or group:
         raise StoreError(
             f"{folder}: a column {label or group!r} is named, but no CSV file; name it too."
@@ -259,21 +230,6 @@ def read_labelled(
         table = folder
         rows = {n: (n.partition("/")[0] if "/" in n else "", "") for n in images}
     return _joined(folder, table, images, rows, classes, bool(group))
-
-
-def centre_square(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The largest square in the middle of (h, w, 3) uint8, resized to (side, side, 3).
-
-    Shrinking averages areas, so that nothing aliases; an image of that size comes back as it is.
-    """
-    h, w = image.shape[:2]
-    least = min(h, w)
-    top, left = (h - least) // 2, (w - least) // 2
-    square = image[top : top + least, left : left + least]
-    if least == side:
-        return square
-    kind = cv2.INTER_AREA if least > side else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(square, (side, side), interpolation=kind), np.uint8)
 
 
 def _joined(
@@ -291,7 +247,7 @@ def _joined(
     for name in classes:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1) or found
-            raise StoreError(f"{table}: no image of class {name!r}; there is {_few(near)}.")
+            raise StoreError(f"{table}: no image of class {name!r}; there is {few(near)}.")
     kept = list(classes) or found
     names = [name for name, row in labelled.items() if row[0] in kept]
     if len(kept) < 2:
@@ -311,7 +267,7 @@ def _joined(
     )
 
 
-def _rows(
+def label_rows(
     table: Path, folder: Path, file: str, label: str, group: str
 ) -> dict[str, tuple[str, str]]:
     """(label, group) of each image that the CSV file names."""
@@ -351,7 +307,7 @@ def _check_column(table: Path, columns: Sequence[str], wanted: str, what: str) -
     if wanted in columns:
         raise StoreError(f"{table}: has two columns {wanted!r}; rename one of them.")
     near = difflib.get_close_matches(wanted, columns, 1) if wanted else []
-    remedy = f"did you mean {near[0]!r}?" if near else f"its columns are {_few(columns)}."
+    remedy = f"did you mean {near[0]!r}?" if near else f"its columns are {few(columns)}."
     fact = f"no column {wanted!r}" if wanted else f"no {what} column is named"
     raise StoreError(f"{table}: {fact}; {remedy}")
 
@@ -370,7 +326,7 @@ def _natural(name: str) -> tuple[bool, int, str]:
     return not number, int(name) if number else 0, name
 
 
-def _drawn(names: Sequence[str], rows: Iterable[int], seed: int) -> list[int]:
+def drawn_order(names: Sequence[str], rows: Iterable[int], seed: int) -> list[int]:
     """The rows in an order drawn from the seed and each one's own name."""
 
     def key(i: int) -> bytes:
@@ -379,6 +335,6 @@ def _drawn(names: Sequence[str], rows: Iterable[int], seed: int) -> list[int]:
     return sorted(rows, key=key)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import MANY, DataConfig
+from jaxhisto.data.features import Place
 from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.manifest import Entry, Manifest, read_manifest
 from jaxhisto.data.sources import Source, StoreSource, Tiles, open_source
@@ -83,6 +84,10 @@ class Listed:
     def name(self, i: int) -> str:
         source, row = self._find(i)
         return source.name(row)
+
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
+        source, row = self._find(i)
+        return source.located(row, at)
 
     def mpp_range(self) -> tuple[float, float] | None:
         known = {entry.mpp for entry in self._list.entries if entry.mpp is not None}

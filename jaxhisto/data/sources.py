@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig
 from jaxhisto.data import file_kinds
+from jaxhisto.data.features import Place
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.image_source import matches
 from jaxhisto.data.images import ImageError, decode_jpeg
@@ -101,6 +102,22 @@ class Tiles:
         source, row = self._find(i)
         return source.name(row)
 
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
+        """Where tile i lies in its slide or image, under a name without the user's folders.
+
+        Args:
+          i: position, as in `read`.
+          at: its x and y where they are known already; spares a store's record.
+
+        Raises:
+          IndexError, StoreError: as `read`.
+        """
+        source, row = self._find(i)
+        place = source.located(row, at)
+        # Two folders may hold the same names.
+        more = len(self.sources) > 1
+        return replace(place, name=f"{source.path.name}/{place.name}") if more else place
+
     def mpp_range(self) -> tuple[float, float] | None:
         """Smallest and largest um/px over the stores; None without one. Few other sources
         state any."""
@@ -149,6 +166,7 @@ class Source(Protocol):
     def read(self, i: int) -> NDArray[np.uint8]: ...
     def size(self, i: int) -> tuple[int, int]: ...
     def name(self, i: int) -> str: ...
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place: ...
     def mpp_range(self) -> tuple[float, float] | None: ...
     def line(self) -> str: ...
 
@@ -169,6 +187,13 @@ class StoreSource:
                 "--data.stores or change --data.exclude."
             )
         self.canvas = (self._store.tile_px, self._store.tile_px)
+        # A store that says no um/px of level 0 was cut there.
+        self._spans = {
+            slide["id"]: self._store.tile_px
+            * slide["tile_mpp"]
+            / slide.get("mpp", slide["tile_mpp"])
+            for slide in self._store.manifest["slides"]
+        }
         self.hash = self._store.hash
         self.dropped: list[tuple[str, str]] = []
 
@@ -192,6 +217,13 @@ class StoreSource:
 
     def name(self, i: int) -> str:
         return f"{self.path}: tile {self._kept[i]} (slide {self._slides[self._kept[i]]})"
+
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
+        slide = self._slides[self._kept[i]]
+        if at is None:
+            record = self._store[self._kept[i]]
+            at = record["x"], record["y"]
+        return Place(f"{slide}@{at[1]},{at[0]}", slide, *at, self._spans[slide])
 
     def mpp_range(self) -> tuple[float, float] | None:
         cut = self._store.manifest["slides"]

@@ -3,5 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from shlex import quote
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = ()
+from jaxhisto.console import say, say_next
+from jaxhisto.downstream_config import EmbedConfig, ProbeConfig
+from jaxhisto.flags import parse
+
+
+def embed(argv: Sequence[str]) -> int:
+    """tiles, images or whole slides -> their features in an HDF5 file"""
+    config = parse(EmbedConfig, argv, "embed")
+    from jaxhisto.downstream.embed import embed as run
+
+    done = run(config)
+    kept = f", {done.earlier:,} of them from an earlier start" if done.earlier else ""
+    say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
+    if done.per_slide:
+        say(f"{config.per_slide}: {len(done.per_slide):,} slides")
+    say_next(f"jaxhisto probe {quote(str(done.out))} --task.data FOLDER --out probe.json")
+    return 0
+
+
+def probe(argv: Sequence[str]) -> int:
+    """what frozen features are worth on a task: last layer, linear probe, neighbours"""
+    config = parse(ProbeConfig, argv, "probe")
+    from jaxhisto.downstream.probe import run_probe
+
+    run_probe(config)
+    say(f"wrote {config.out}")
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe)

@@ -107,6 +107,14 @@ def features(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Arr
     return _merge(graphdef, params["encoder"], batch_stats["encoder"])(x)
 
 
+def stage_features(
+    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array, stage: int
+) -> jax.Array:
+    """As `features`, of the map that stage 1, 2, 3 or 4 gives: (N, H, W, 3) to (N, width)."""
+    maps = _merge(graphdef, params["encoder"], batch_stats["encoder"]).maps(x)
+    return maps[stage].astype(jnp.float32).mean((1, 2))
+
+
 def _merge(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree) -> Any:
     # copy=True: without it BatchNorm's update under `grad` raises TraceContextError.
     return nnx.merge(graphdef, nnx.State(params), nnx.State(batch_stats), copy=True)

@@ -196,7 +196,7 @@ def _tiles(
             draw.rejected[error.reason] += 1
             draw.lost.append((x, y))
             continue
-        if unsure[cell] and _own_share(rgb, scale.mpp, config) < config.min_foreground:
+        if unsure[cell] and own_share(rgb, scale.mpp, config) < config.min_foreground:
             draw.rejected["background"] += 1
             continue
         draw.kept.append((x, y))
@@ -214,7 +214,7 @@ def _picture(slide: Slide, view: Overview) -> Pixels:
     return fitted(rgb, PICTURE_PX)
 
 
-def _own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
+def own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
     """Foreground share of a tile seen alone, at the mask's pixel size."""
     factor = max(1.0, MASK_MPP / mpp)
     small = _small(rgb, max(1, round(rgb.shape[0] / factor)))

@@ -1,0 +1,226 @@
+"""`jaxhisto probe`: features and a task -> scores of probes, with intervals, and their record."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxhisto import __version__, metrics
+from jaxhisto.console import say
+from jaxhisto.data.features import read_features
+from jaxhisto.data.named_images import centre_square
+from jaxhisto.data.splits import fraction, task_split, write_split
+from jaxhisto.data.tasks import Split, Task, open_task
+from jaxhisto.distributed import make_mesh
+from jaxhisto.downstream.embed import features_of
+from jaxhisto.downstream.encoders import open_encoder
+from jaxhisto.downstream.inputs import in_threads
+from jaxhisto.downstream.last_layer import Training
+from jaxhisto.downstream.probing import Divided, Probed, Settings, probe
+from jaxhisto.downstream_config import ProbeConfig
+from jaxhisto.errors import ConfigError, StoreError
+from jaxhisto.runlog import environment, write_atomically
+
+FORMAT = "jaxhisto-probe-1"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Features of a task's images, in its order: `x` (n, d) float32, and what `of` them is known:
+    encoder_sha256, arch, side, and so on."""
+
+    x: NDArray[np.float32]
+    of: dict[str, Any]
+
+
+def run_probe(config: ProbeConfig) -> dict[str, Any]:
+    """Probes, prints a table, and writes the record and the split.
+
+    Returns:
+      The record.
+
+    Raises:
+      ConfigError: settings that do not go together.
+      StoreError: features, task or split that are not as they should be, or another encoder's.
+      ExportError: no such encoder.
+    """
+    task = open_task(config.task)
+    if task.kind == "segmentation":
+        raise ConfigError(
+            f"{task.name}: is a segmentation task, which has no features a tile; "
+            "`jaxhisto segment` trains on it."
+        )
+    split = task_split(task, config.task)
+    say("\n".join([*task.summary(), split.summary()]))
+    rows = cached(config, task) if _is_features(config.features) else computed(config, task)
+    data = divided(task, split, rows.x, config)
+    settings = settings_of(config, rows.of["arch"])
+    if len(data.train) < config.batch:
+        say(f"{len(data.train):,} training images are fewer than a batch of {config.batch}: one "
+            "batch an epoch")  # fmt: skip
+    found = [probe(name, data, settings) for name in config.probes]
+    record = record_of(config, task, split, rows, data, settings, found)
+    say(table(found, data))
+    out = Path(config.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_split(out.with_name(f"split-{out.stem}.json"), split, task)
+        write_atomically(out, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise StoreError(
+            f"{out}: cannot be written ({error.strerror}); give another --out."
+        ) from error
+    return record
+
+
+def cached(config: ProbeConfig, task: Task) -> Rows:
+    """The rows of the task's images in a file of features.
+
+    Raises:
+      StoreError: another encoder's, or images that are not in it.
+    """
+    with read_features(config.features) as found:
+        if config.encoder:
+            encoder = open_encoder(config.encoder, config.mean, config.std)
+            if encoder.sha256 != found.encoder_sha256:
+                raise StoreError(
+                    f"{config.features}: holds features of another encoder "
+                    f"({found.encoder_sha256[:12]}, and {config.encoder} is "
+                    f"{encoder.sha256[:12]}); embed the images with this one."
+                )
+        row = {name: i for i, name in enumerate(found.names)}
+        missing = [name for name in task.names if name not in row]
+        if missing:
+            raise StoreError(
+                f"{config.features}: lacks {len(missing):,} of {len(task):,} images of {task.name} "
+                f"(the first, {missing[0]}); embed the folder that the task names, with a "
+                "--max-side as large as its images."
+            )
+        x = found.all()[[row[name] for name in task.names]]
+        return Rows(x, {**found.attributes})
+
+
+def computed(config: ProbeConfig, task: Task) -> Rows:
+    """Features of the task's images, computed here and kept nowhere."""
+    encoder = open_encoder(config.features, config.mean, config.std)
+    if config.encoder:
+        raise ConfigError(f"--encoder: is for a file of features, and {config.features} is none.")
+    side = config.task.side
+    mesh = make_mesh(config.devices)
+
+    def read(i: int) -> NDArray[np.uint8]:
+        return centre_square(task.images.read(i), side)
+
+    blocks = in_threads(read, 0, len(task), config.embed_batch * mesh.size, config.threads)
+    images = (np.stack(block) for block in blocks)
+    x = np.concatenate(list(features_of(encoder, images, config.embed_batch, mesh)))
+    bad = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(bad):
+        raise StoreError(
+            f"{task.names[bad[0]]}: the encoder gives features that are not finite numbers "
+            f"({len(bad)} of {len(x)} images); the weights are damaged, take another encoder."
+        )
+    known = {
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.sha256,
+        "arch": encoder.arch,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+        "side": side,
+        "layer": 4,
+    }
+    return Rows(x, known)
+
+
+def divided(task: Task, split: Split, x: NDArray[np.float32], config: ProbeConfig) -> Divided:
+    """Features and targets, with so many percent of the training rows."""
+    train = split.train
+    if config.percent < 100:
+        train = fraction(task, split, config.percent, config.repeat, config.seed, config.scarce)
+    return Divided(
+        x, np.asarray(task.values), task.classes, task.groups, train, split.validation, split.test
+    )
+
+
+def settings_of(config: ProbeConfig, arch: str) -> Settings:
+    """The settings of the probes; weight decay by the depth, as in the paper."""
+    decay = config.weight_decay
+    if decay is None:
+        decay = 1e-5 if arch in ("resnet10", "resnet18") else 1e-4
+    training = Training(config.epochs, config.batch, config.rate, decay, config.seed)
+    return Settings(training, config.standardise, config.select, config.k, config.tau, config.draws)
+
+
+def record_of(
+    config: ProbeConfig,
+    task: Task,
+    split: Split,
+    rows: Rows,
+    data: Divided,
+    settings: Settings,
+    found: list[Probed],
+) -> dict[str, Any]:
+    """What probe.json holds; NaN is null there."""
+    return {
+        "format": FORMAT,
+        "task": task.name,
+        "kind": task.kind,
+        "classes": list(task.classes),
+        "features": rows.of,
+        "split_sha256": split.sha256,
+        "images": {part: len(getattr(data, part)) for part in ("train", "validation", "test")},
+        "percent": config.percent,
+        "repeat": config.repeat,
+        "settings": dataclasses.asdict(settings),
+        "bootstrap_by": metrics.drawn_by(data.groups_of(data.test)),
+        "probes": [
+            {
+                "name": p.name,
+                "chosen": {key: _number(value) for key, value in p.chosen.items()},
+                "validation": {key: _number(value) for key, value in p.validation.items()},
+                "test": {
+                    key: {k: _number(v) for k, v in dataclasses.asdict(interval).items()}
+                    for key, interval in p.test.items()
+                },
+            }
+            for p in found
+        ],
+        "code_version": __version__,
+        "environment": environment([]),
+    }
+
+
+def table(found: list[Probed], data: Divided) -> str:
+    """A row a probe, a column a score with its interval."""
+    names = list(found[0].test)
+    cells = [["test", *(name.replace("_", " ") for name in names), "chosen"]]
+    for p in found:
+        chosen = ", ".join(
+            f"{key.replace('_', ' ')} {value:.3g}" for key, value in p.chosen.items()
+        )
+        cells.append([p.name.replace("_", " "), *(str(p.test[name]) for name in names), chosen])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+             for row in cells]  # fmt: skip
+    groups = data.groups_of(data.test)
+    by = metrics.drawn_by(groups)
+    note = f"[95 % bootstrap interval over {len(data.test):,} test images"
+    if by == "group":
+        note += f", drawn by {len(set(groups or ())):,} groups"
+    elif groups:
+        note += ", all of one group: it says nothing of other groups"
+    return "\n".join([*lines, f"{note}]"])
+
+
+def _is_features(name: str) -> bool:
+    return name.lower().endswith((".h5", ".hdf5"))
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

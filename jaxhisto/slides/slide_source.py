@@ -1,0 +1,174 @@
+"""Whole slides as a source of tiles, cut when they are read: the grid and the foreground of
+`jaxhisto tile`, without its JPEGs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxhisto.config import TileConfig
+from jaxhisto.data.features import Place
+from jaxhisto.errors import SlideError, StoreError
+from jaxhisto.slides.cutting import Grid, Job, order, own_share
+from jaxhisto.slides.foreground import MASK_MPP, detect, shares
+from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide, content_hash
+from jaxhisto.slides.tiling import find_slides
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tiles of one slide.
+
+    Fields:
+      job: the slide.
+      scale: how a tile is read.
+      corners: (n, 2) int64, x and y of the top-left corners in level-0 px.
+      sha256: of the file.
+      lost: cells that cannot be read and are left out.
+    """
+
+    job: Job
+    scale: Scale
+    corners: NDArray[np.int64]
+    sha256: str
+    lost: int
+
+
+class SlidesSource:
+    """The foreground tiles of slides, in the order of the slides' ids.
+
+    Within a slide in the order of the grid, or as drawn where `max_tiles` says how many. Safe to
+    use from several threads, each of which opens slides for itself.
+
+    Attributes: as `data.sources.Source` has them.
+
+    Raises:
+      SlideError: no slide, one that cannot be read or has no pixel size, or no foreground in one.
+    """
+
+    def __init__(self, config: TileConfig, threads: int = 0) -> None:
+        jobs = find_slides(config)
+        self.path = Path(config.slides[0])
+        self._tile_px = config.tile_px
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            self._slides = list(pool.map(choose, jobs))
+        self._ends = np.cumsum([len(chosen.corners) for chosen in self._slides])
+        self._open = threading.local()
+        self.canvas = (config.tile_px, config.tile_px)
+        self.matched: set[str] = set()
+        self.dropped = [
+            (chosen.job.id, f"{chosen.lost} cells cannot be read")
+            for chosen in self._slides
+            if chosen.lost
+        ]
+        content = [
+            [c.job.id, c.sha256, c.scale.mpp, config.tile_px, c.corners.tolist()]
+            for c in self._slides
+        ]
+        self.hash = hashlib.sha256(json.dumps(["jaxhisto-slides-1", *content]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, i: int) -> Pixels:
+        chosen, row = self._find(i)
+        x, y = chosen.corners[row].tolist()
+        try:
+            return self._slide(chosen).read(x, y, self._tile_px, chosen.scale)
+        except RegionError as error:
+            raise StoreError(
+                f"{chosen.job.path}: the tile at {x},{y} cannot be read ({error}); `jaxhisto tile` "
+                "leaves such tiles out and counts them: cut a store and embed that."
+            ) from error
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.canvas
+
+    def name(self, i: int) -> str:
+        chosen, row = self._find(i)
+        x, y = chosen.corners[row].tolist()
+        return f"{chosen.job.path}: tile at {x},{y}"
+
+    def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
+        chosen, row = self._find(i)
+        x, y = chosen.corners[row].tolist()
+        return Place(f"{chosen.job.id}@{y},{x}", chosen.job.id, x, y, float(chosen.scale.side))
+
+    def mpp_range(self) -> tuple[float, float] | None:
+        sizes = [chosen.scale.mpp for chosen in self._slides]
+        return min(sizes), max(sizes)
+
+    def line(self) -> str:
+        mpp = self.mpp_range()
+        return (
+            f"{self.path}: {len(self._slides):,} slides, {len(self):,} foreground tiles"
+            f", {self._tile_px} px" + (f", {mpp[0]:.4g} to {mpp[1]:.4g} um/px" if mpp else "")
+        )
+
+    def _find(self, i: int) -> tuple[Chosen, int]:
+        number = int(np.searchsorted(self._ends, i, "right"))
+        return self._slides[number], i - (int(self._ends[number - 1]) if number else 0)
+
+    def _slide(self, chosen: Chosen) -> Slide:
+        """This thread's own open slide: a reader may serve one thread, and rows come in order."""
+        held: tuple[str, Slide] | None = getattr(self._open, "held", None)
+        if held is None or held[0] != chosen.job.id:
+            if held is not None:
+                held[1].__exit__(None, None, None)
+            self._open.held = held = (chosen.job.id, Slide(chosen.job.path, chosen.job.given))
+        return held[1]
+
+
+def choose(job: Job) -> Chosen:
+    """The tiles of a slide that `jaxhisto tile` would keep.
+
+    Where the overview could not be read, the cell's own pixels decide.
+
+    Raises:
+      SlideError: not readable, no pixel size, coarser than asked for, or no foreground tile.
+    """
+    config = job.config
+    sha256 = content_hash(job.path, job.others)
+    with Slide(job.path, job.given) as slide:
+        scale = slide.scale(config.tile_px, config.tile_mpp)
+        grid = Grid.over(slide.width, slide.height, scale.side)
+        view = slide.overview(MASK_MPP / slide.mpp)
+        mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
+        args = (view.downsample, grid.xs, grid.ys, scale.side)
+        covered = shares(mask, *args).ravel() >= config.min_foreground - 1e-9
+        unsure = shares(~view.known, *args).ravel() > 0
+        drawn = (
+            order(config.seed, job.id, covered.size)
+            if config.max_tiles
+            else np.arange(covered.size)
+        )
+        corners: list[tuple[int, int]] = []
+        lost = 0
+        for cell in drawn[(covered | unsure)[drawn]].tolist():
+            if config.max_tiles and len(corners) == config.max_tiles:
+                break
+            x, y = grid.cell(cell)
+            if unsure[cell]:
+                try:
+                    rgb = slide.read(x, y, config.tile_px, scale)
+                except RegionError:
+                    lost += 1
+                    continue
+                if own_share(rgb, scale.mpp, config) < config.min_foreground:
+                    continue
+            corners.append((x, y))
+    if not corners:
+        raise SlideError(
+            f"{job.path}: no foreground tile of {config.tile_px} px in {covered.size} cells under "
+            f"{config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a lower "
+            "--cut.min-foreground, or leave the slide out"
+        )
+    return Chosen(job, scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)
