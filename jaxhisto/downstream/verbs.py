@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from shlex import quote
 
-from jaxhisto.console import say, say_next
-from jaxhisto.downstream_config import EmbedConfig, ProbeConfig
+from jaxhisto.console import say, say_next, warn
+from jaxhisto.downstream_config import EmbedConfig, ProbeConfig, StudyConfig
 from jaxhisto.flags import parse
 
 
@@ -34,4 +34,19 @@ def probe(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe)
+def study(argv: Sequence[str]) -> int:
+    """encoders x tasks x shares of the labels: tables, figures, intervals, tests"""
+    config = parse(StudyConfig, argv, "study", recipe=False)
+    from jaxhisto.downstream.study import run_study
+
+    done = run_study(config)
+    if config.plan:
+        return 0
+    say(f"{done.out / 'report.html'}: {done.cells - len(done.failures):,} of {done.cells:,} cells")
+    if done.failures:
+        warn(f"{len(done.failures):,} cells failed, as {done.out / 'failures.json'} says; the same "
+             "line tries them again")  # fmt: skip
+    return 1 if done.failures else 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, study)
