@@ -27,12 +27,13 @@ from jaxhisto.downstream.study_cells import (
 )
 from jaxhisto.downstream.study_file import Study, find_study, read_study
 from jaxhisto.downstream.study_plan import FeatureCache, open_entries, open_tasks
-from jaxhisto.downstream.study_report import figure_name, label_curves, markdown, page
+from jaxhisto.downstream.study_report import figure_name, label_curves, markdown, page, shown
 from jaxhisto.downstream.study_results import collect, parts_of
 from jaxhisto.downstream.study_settings import SETTINGS, refuse_absent
 from jaxhisto.downstream.study_tables import tables_of
 from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import ConfigError, JaxhistoError, RunError, StoreError
+from jaxhisto.pretrain.stopping import Stopped
 from jaxhisto.runlog import environment, write_atomically
 
 FAILURES, LOCK = "failures.json", ".lock"
@@ -66,9 +67,9 @@ def run_study(config: StudyConfig) -> Studied:
         entries = open_entries(study, config.root)
         tasks = open_tasks(study, config.root, out, config.threads)
         features = FeatureCache(out, study.probe.embed_batch, config.devices, config.threads)
-        every = list(cells_of(study, entries, tasks, features, config.devices, config.threads))
+        every = list(cells_of(study, entries, tasks, features, out, config.devices, config.threads))
         cells = _chosen(every, config.only)
-        earlier = sum(is_there(out, cell) for cell in cells)
+        earlier = sum(is_there(cell) for cell in cells)
         say(f"{len(cells):,} cells, {earlier:,} of them finished by an earlier start")
         if config.plan:
             return Studied(out, len(cells), earlier, ())
@@ -85,13 +86,13 @@ def compute(cells: Sequence[Cell], out: Path) -> list[str]:
       StoreError: one cannot be written.
     """
     failures: list[str] = []
-    waiting = [cell for cell in cells if read_cell(out, cell) is None]
+    waiting = [cell for cell in cells if read_cell(cell) is None]
     done = len(cells) - len(waiting)
     with Progress("study", len(cells), done, "cells") as progress:
         for cell in waiting:
             found = _outcome(cell)
             if isinstance(found, Outcome):
-                write_cell(out, cell, found)
+                write_cell(cell, found)
             else:
                 failures.append(f"{cell.words}: {found}")
                 warn(f"failed: {failures[-1]}")
@@ -113,7 +114,7 @@ def write_report(
     failures: Sequence[str],
 ) -> None:
     """Tables as CSV, Markdown and LaTeX, figures, report.md and report.html."""
-    found = collect(study, entries, tasks, cells, out)
+    found = collect(study, entries, tasks, cells)
     parts = parts_of(found)
     grids = tables_of(found, parts)
     for part in parts:
@@ -122,7 +123,7 @@ def write_report(
         for grid in of:
             stem = out / "tables" / grid.name
             _write(stem.with_name(f"{grid.name}.csv"), grid.csv())
-            if grid.name != "scores":
+            if shown(grid):
                 _write(stem.with_name(f"{grid.name}.md"), grid.markdown() + "\n")
                 _write(stem.with_name(f"{grid.name}.tex"), grid.latex())
     _write(out / "report.md", markdown(found, grids))
@@ -146,6 +147,8 @@ def _outcome(cell: Cell) -> Outcome | str:
     """What the cell found, or why it failed."""
     try:
         return SETTINGS[cell.setting](cell)
+    except Stopped as error:
+        raise Stopped(f"{cell.out}: stopped in {cell.words}; start the same line again.") from error
     except JaxhistoError as error:
         return str(error)
     # One bad cell may not end a study of a thousand: its sentence is kept, the exit code says so.

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +22,15 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.splits import fraction
 from jaxhisto.data.tasks import Split, Task
-from jaxhisto.downstream.study_file import FROZEN, PROBE_FIELDS, Study
+from jaxhisto.downstream.study_file import FROZEN, OWN, PROBE_FIELDS, Study
 from jaxhisto.downstream_config import TaskConfig
 from jaxhisto.errors import StoreError
 from jaxhisto.metrics import Scores
 from jaxhisto.runlog import write_atomically
+from jaxhisto.settings import identity
 
 FORMAT = "jaxhisto-cell-1"
-CELLS = "cells"
+CELLS, RUNS = "cells", "runs"
 ALWAYS_ALIKE = ("linear", "knn")  # of the same images the same: one repeat at 100 % says it all
 Three = tuple[float, float, float]
 
@@ -70,6 +72,7 @@ class Cell:
 
     Fields:
       features: of the task's images from this encoder, (n, d) float32, when called.
+      out: the study's folder.
       devices, threads: to compute with.
     """
 
@@ -80,13 +83,14 @@ class Cell:
     percent: float
     repeat: int
     features: Callable[[Entry, Ready], NDArray[np.float32]]
+    out: Path
     devices: int = 0
     threads: int = 0
 
     @property
     def training_seed(self) -> int:
         """Of initial weights and batches: another one for each repeat."""
-        return 1000 * self.study.seed + self.repeat
+        return training_seed(self.study, self.repeat)
 
     @property
     def train(self) -> NDArray[np.int64]:
@@ -96,9 +100,14 @@ class Cell:
     def identity(self) -> dict[str, Any]:
         """All that its scores depend on, as JSON values."""
         study = self.study
-        own: Mapping[str, Any] = study.others.get(self.setting, {})
         if self.setting in FROZEN:
             own = {name: getattr(study.probe, name) for name in PROBE_FIELDS}
+        else:
+            own = {
+                key: value
+                for key, value in identity(study.others[self.setting]).items()
+                if key.split(".")[0] not in OWN
+            }
         return {
             "format": FORMAT,
             "setting": self.setting,
@@ -111,7 +120,7 @@ class Cell:
             "repeat": self.repeat,
             "seed": study.seed,
             "scarce": study.probe.scarce,
-            "settings": dict(own),
+            "settings": own,
         }
 
     @cached_property
@@ -119,6 +128,16 @@ class Cell:
         """Of `identity`, hexadecimal."""
         text = json.dumps(self.identity(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def stem(self) -> str:
+        """Of its files' names."""
+        return f"{self.setting}-{self.hash[:24]}"
+
+    @property
+    def run(self) -> Path:
+        """Folder in which a setting that trains a network goes on after a kill."""
+        return self.out / RUNS / self.stem
 
     @property
     def words(self) -> str:
@@ -150,7 +169,15 @@ def train_rows(study: Study, ready: Ready, percent: float, repeat: int) -> NDArr
     """The rows trained on: so many percent of the training part."""
     if percent >= 100:
         return ready.split.train
-    return fraction(ready.task, ready.split, percent, repeat, study.seed, study.probe.scarce)
+    # `segment` draws with the seed of its training, which is the repeat's own.
+    segmented = ready.task.kind == "segmentation"
+    seed = training_seed(study, repeat) if segmented else study.seed
+    return fraction(ready.task, ready.split, percent, repeat, seed, study.probe.scarce)
+
+
+def training_seed(study: Study, repeat: int) -> int:
+    """Of initial weights and batches in a repeat."""
+    return 1000 * study.seed + repeat
 
 
 def cells_of(
@@ -158,6 +185,7 @@ def cells_of(
     entries: list[Entry],
     tasks: list[Ready],
     features: Callable[[Entry, Ready], NDArray[np.float32]],
+    out: Path,
     devices: int = 0,
     threads: int = 0,
 ) -> Iterator[Cell]:
@@ -178,6 +206,7 @@ def cells_of(
                             percent,
                             repeat,
                             features,
+                            out,
                             devices,
                             threads,
                         )
@@ -190,13 +219,13 @@ def applies(setting: str, kind: str, arch: str) -> bool:
     return setting in FROZEN or arch.startswith("resnet")
 
 
-def write_cell(out: Path, cell: Cell, outcome: Outcome) -> None:
+def write_cell(cell: Cell, outcome: Outcome) -> None:
     """Writes the predictions and then the record, each whole or not at all.
 
     Raises:
       StoreError: it cannot be written.
     """
-    folder = out / CELLS
+    folder = cell.out / CELLS
     record = {
         **cell.identity(),
         "encoder": cell.entry.name,
@@ -214,7 +243,7 @@ def write_cell(out: Path, cell: Cell, outcome: Outcome) -> None:
     np.savez_compressed(held, predictions=outcome.predictions)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _stem(cell)
+        path = folder / cell.stem
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_bytes(held.getvalue())
         os.replace(temporary, f"{path}.npz")
@@ -224,11 +253,12 @@ def write_cell(out: Path, cell: Cell, outcome: Outcome) -> None:
             f"{folder}: cannot be written ({error.strerror}); free some space or choose another "
             "--out; finished cells are kept."
         ) from error
+    shutil.rmtree(cell.run, ignore_errors=True)
 
 
-def read_cell(out: Path, cell: Cell) -> Outcome | None:
+def read_cell(cell: Cell) -> Outcome | None:
     """What is there of a cell; None where it has to be computed."""
-    path = out / CELLS / _stem(cell)
+    path = cell.out / CELLS / cell.stem
     try:
         record = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
         with np.load(f"{path}.npz") as held:
@@ -239,9 +269,9 @@ def read_cell(out: Path, cell: Cell) -> Outcome | None:
         return None  # absent, or cut short by a full disk
 
 
-def is_there(out: Path, cell: Cell) -> bool:
+def is_there(cell: Cell) -> bool:
     """Whether a cell is finished; `read_cell` says whether it is sound."""
-    path = out / CELLS / _stem(cell)
+    path = cell.out / CELLS / cell.stem
     return Path(f"{path}.json").is_file() and Path(f"{path}.npz").is_file()
 
 
@@ -252,10 +282,6 @@ def target_hash(task: Task, images: str) -> str:
         digest.update(np.ascontiguousarray(task.values).tobytes())
     digest.update(json.dumps(task.groups).encode())
     return digest.hexdigest()
-
-
-def _stem(cell: Cell) -> str:
-    return f"{cell.setting}-{cell.hash[:24]}"
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -27,8 +27,9 @@ FROZEN = SETTINGS[:3]
 PROBE_FIELDS = ("scarce", "epochs", "batch", "rate", "weight_decay", "standardise", "select", "k",
                 "tau", "embed_batch")  # fmt: skip
 OTHERS = {"finetune": "FinetuneConfig", "segment": "SegmentConfig"}
-OWN = ("encoder", "data", "out", "task", "percent", "repeat", "seed", "devices", "threads", "force",
-       "mean", "std", "scarce")  # what a cell says itself  # fmt: skip
+OWN = ("encoder", "out", "task", "percent", "scarce", "repeat", "seed", "draws", "mean", "std")
+OWN_OF_TRAINING = ("seed", "devices", "threads")
+"""Settings of these two that a cell, `[probe]` or the command line says."""
 COLUMN_OF = {
     "bach": "BACH",
     "breakhis": "BreakHis",
@@ -72,7 +73,8 @@ class Study:
       encoders, tasks: by name, in the order of the file.
       columns: the column of the paper's tables for each task that is one of its sets.
       probe: settings of `last_layer`, `linear` and `knn`.
-      others: fields of `FinetuneConfig` and `SegmentConfig` that differ from their defaults.
+      others: the `FinetuneConfig` and `SegmentConfig` of which each cell fills in its own; None
+        where this version has no such setting.
     """
 
     title: str
@@ -86,7 +88,7 @@ class Study:
     tasks: Mapping[str, TaskConfig]
     columns: Mapping[str, str]
     probe: ProbeConfig
-    others: Mapping[str, Table]
+    others: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,25 +279,23 @@ def _probe(table: Table, where: str) -> ProbeConfig:
     return built(ProbeConfig, {"features": "", "out": "", **table}, where, "probe.")
 
 
-def _other(name: str, table: Table, where: str) -> Table:
-    """Fields of a setting that a module of its own trains, checked where that one is there."""
+def _other(name: str, table: Table, where: str) -> Any:
+    """The settings of what a verb of its own trains; None where there is no such verb."""
     from jaxhisto import downstream_config
 
     cls = getattr(downstream_config, OTHERS[name], None)
     if cls is None:
         if table:
             raise ConfigError(f"{where}: this version has no `{name}`; leave [{name}] out.")
-        return {}
-    own = [f.name for f in dataclasses.fields(cls) if f.name not in OWN]
+        return None
     for key in table:
-        known(key, own, where, f"{name}.")
-    needed = {
-        f.name: ""
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    built(cls, {**needed, **table}, where, f"{name}.")
-    return table
+        known(
+            key, [f.name for f in dataclasses.fields(cls) if f.name not in OWN], where, f"{name}."
+        )
+    taken = [key for key in table.get("training", {}) if key in OWN_OF_TRAINING]
+    if taken:
+        raise ConfigError(f"{where}: {name}.training.{taken[0]}: is the study's; leave it out.")
+    return built(cls, {"encoder": "", "out": "", **table}, where, f"{name}.")
 
 
 def _refuse_name(name: str, group: str, where: str) -> None:

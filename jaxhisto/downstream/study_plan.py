@@ -25,7 +25,7 @@ from jaxhisto.downstream.inputs import in_threads
 from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream.study_cells import Entry, Ready, applies, target_hash
 from jaxhisto.downstream.study_file import Study, rooted_encoder, rooted_task
-from jaxhisto.errors import ConfigError, JaxhistoError, StoreError
+from jaxhisto.errors import ConfigError, ExportError, JaxhistoError, StoreError
 from jaxhisto.runlog import write_atomically
 
 FEATURES, SPLITS, HASHES = "features", "splits", "hashes"
@@ -48,6 +48,10 @@ def open_entries(study: Study, root: str) -> list[Entry]:
                 encoder = open_encoder(file, row.mean, row.std)
             except JaxhistoError as error:
                 raise type(error)(f"encoders.{name}: {error}") from error
+            except Exception as error:
+                if not type(error).__module__.startswith("jaxhisto_export"):
+                    raise
+                raise ExportError(f"encoders.{name}: {error}") from error
             if encoder.sha256 in hashes:
                 raise ConfigError(
                     f"encoders.{name}: {file} holds the same weights as {hashes[encoder.sha256]}; "

@@ -25,14 +25,15 @@ def label_curves(part: Part, path: Path) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     percents = [p for p in part.percents if any(k[2] == p for k in part.summaries)]
-    columns = min(COLUMNS, len(part.tasks))
+    count = len(part.tasks)
+    columns = 2 if count == 4 else min(COLUMNS, count)
     lines = -(-len(part.tasks) // columns)
     legend = -(-len(part.rows) // 4)
-    figure = Figure(
-        figsize=(max(5.0, 4.2 * columns), 3.3 * lines + 0.25 * legend), layout="constrained"
-    )
+    size = max(5.0, 4.2 * columns), 3.3 * lines + 0.25 * legend
+    figure = Figure(size, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     FigureCanvasAgg(figure)
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, ready in zip(grid, part.tasks, strict=False):
@@ -83,7 +84,7 @@ def markdown(found: Found, grids: Sequence[tuple[Part | None, list[Grid]]]) -> s
             continue
         lines += [f"## {heading(part)}", "", f"![{heading(part)}]({figure_name(part)})", ""]
         for grid in of:
-            lines += [shortened(grid).markdown(), ""]
+            lines += [shortened(grid).markdown(), ""] if shown(grid) else []
     return "\n".join(lines)
 
 
@@ -110,7 +111,7 @@ def page(
         if part is None:
             continue
         picture = base64.b64encode((out / figure_name(part)).read_bytes()).decode()
-        tables = "".join(shortened(grid).html() for grid in of)
+        tables = "".join(shortened(grid).html() for grid in of if shown(grid))
         body.append(
             f'<section><h2>{escape(heading(part))}</h2><figure><img class=curve alt="score against '
             f'share of the labels" src="data:image/png;base64,{picture}"><figcaption>dots: means; '
@@ -151,12 +152,17 @@ def facts(found: Found) -> list[str]:
 
 def heading(part: Part) -> str:
     """Of a part of the report."""
-    return f"{PARTS[part.name][0].capitalize()}: {TITLES[part.measures].lower()}"
+    return f"{PARTS[part.name][0].capitalize()}: {TITLES[part.measures]}"
 
 
 def figure_name(part: Part) -> str:
     """Of its picture, below the study's folder."""
     return f"figures/labels-{part.name}-{part.measures}.png"
+
+
+def shown(grid: Grid) -> bool:
+    """Whether a grid is for people; the others are CSV files alone."""
+    return not grid.name.startswith(("scores", "numbers"))
 
 
 def shortened(grid: Grid) -> Grid:

@@ -6,7 +6,6 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from jaxhisto.downstream.study_stats import (
     compare,
     drawn_means,
     holm,
-    overlap_of,
+    overlaps_of,
     summarise,
 )
 
@@ -53,8 +52,8 @@ MEASURES: Mapping[str, Mapping[str, Measure]] = {
 }
 """By kind of task: the paper's, and those that ask for the order of the images alone."""
 TITLES = {
-    "paper": "Macro F1 (higher is better) and mean absolute error (lower is better)",
-    "ranks": "Area under the ROC curve and linear correlation (higher is better)",
+    "paper": "macro F1, mean absolute error",
+    "ranks": "AUC, correlation",
 }
 PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "fine-tuned": ("all layers trained", ("finetune", "segment")),
@@ -115,9 +114,9 @@ class Part:
 
 
 def collect(study: Study, entries: Sequence[Entry], tasks: Sequence[Ready],
-            cells: Sequence[Cell], out: Path) -> Found:  # fmt: skip
+            cells: Sequence[Cell]) -> Found:  # fmt: skip
     """Reads what is finished."""
-    return Found(study, entries, tasks, [(cell, read_cell(out, cell)) for cell in cells])
+    return Found(study, entries, tasks, [(cell, read_cell(cell)) for cell in cells])
 
 
 def parts_of(found: Found) -> list[Part]:
@@ -185,9 +184,11 @@ def _fill(
     for row, of in runs.items():
         part.summaries[ready.name, row, percent] = summarise(of, means[row])
         part.means[ready.name, row, percent] = means[row]
-    count = max((len(of.repeats) for of in runs.values()), default=0)
-    overlap = overlap_of([train_rows(study, ready, percent, r) for r in range(count)])
-    part.comparisons.extend(compare(runs, means, ready.name, percent, overlap))
+    # Rows that lack a repeat are compared with those that lack the same ones.
+    for repeats in dict.fromkeys(of.repeats for of in runs.values()):
+        alike = {row: of for row, of in runs.items() if of.repeats == repeats}
+        trained = [train_rows(study, ready, percent, r) for r in repeats]
+        part.comparisons.extend(compare(alike, means, ready.name, percent, overlaps_of(trained)))
 
 
 def _scores(

@@ -7,11 +7,13 @@ pretraining seeds are drawn again with replacement; two encoders meet the same d
 the intervals, and the first p value, of the difference, which holds at 100 % of the labels too.
 
 Other labels: repeats share training images, so their scores are not independent, and a paired t
-test over them finds too much. Nadeau and Bengio (2003, eq. 3) correct it by the correlation rho of
-two repeats: the variance of the mean is s^2 (1 / R + rho / (1 - rho)). They estimate rho by the
-share of the test images, for splits that are drawn anew; here the split stays and the training
-images are drawn, and rho is the share of them that two repeats have in common. At 100 % that is 1:
-repeats then say nothing of other training images, and there is no such p value.
+test over them finds too much. Nadeau and Bengio (2003) correct it: with a correlation rho between
+two repeats the variance of their mean is s^2 (1 / R + rho / (1 - rho)). They take the share of the
+test images for rho, as their splits are drawn anew; here the split stays, the training images are
+drawn, and rho is the share of them that two repeats have in common. Where few groups are drawn some
+repeats are all but the same: rho then differs from pair to pair, and the degrees of freedom are
+those of Satterthwaite (1946), R - 1 where it does not. At 100 % all repeats train on the same
+images: they say nothing of others, and there is no such p value.
 """
 
 from __future__ import annotations
@@ -129,24 +131,31 @@ def p_drawn(difference: Floats) -> float:
     return float(min(1.0, 2 * fewer / (len(known) + 1)))
 
 
-def p_resampled(differences: Floats, overlap: float) -> float:
+def p_resampled(differences: Floats, overlaps: Floats) -> float:
     """Two-sided p of the corrected resampled t test (Nadeau and Bengio 2003).
 
     Args:
       differences: (R,) of two encoders, one a repeat.
-      overlap: share of training images that two repeats have in common, 0..1.
+      overlaps: (R, R) share of training images that two repeats have in common, 1 on the diagonal.
 
     Returns:
       NaN for one repeat or one training set; 1 where all differences are 0.
     """
     count = len(differences)
-    if count < 2 or overlap >= 1 or np.isnan(differences).any():
+    if np.isnan(differences).any():
         return float("nan")
-    mean, variance = differences.mean(), differences.var(ddof=1)
+    centred = np.eye(count) - 1 / count
+    # Of differences with this correlation: s^2 has the mean `within` times their variance.
+    quadratic = centred @ overlaps
+    within = np.trace(quadratic) / max(count - 1, 1)
+    if within < 1e-6:
+        return float("nan")
+    mean, variance = differences.mean(), differences.var(ddof=1) / within
     if variance == 0:
         return 1.0 if mean == 0 else float("nan")
-    t = mean / np.sqrt(variance * (1 / count + overlap / (1 - overlap)))
-    return float(2 * stats.t.sf(abs(t), count - 1))
+    t = mean / np.sqrt(variance * overlaps.sum() / count**2)
+    freedom = np.trace(quadratic) ** 2 / np.trace(quadratic @ quadratic)
+    return float(2 * stats.t.sf(abs(t), freedom))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -160,13 +169,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return found
 
 
-def overlap_of(rows: Sequence[NDArray[np.int64]]) -> float:
-    """Mean over pairs of the share of training rows in common; 1 of a single draw."""
-    pairs = list(itertools.combinations(rows, 2))
-    if not pairs:
-        return 1.0
-    shared = [len(np.intersect1d(a, b)) / min(len(a), len(b)) for a, b in pairs]
-    return float(np.mean(shared))
+def overlaps_of(rows: Sequence[NDArray[np.int64]]) -> Floats:
+    """(R, R) share of training rows that two draws have in common, 1 on the diagonal."""
+    found = np.eye(len(rows))
+    for (i, a), (j, b) in itertools.combinations(enumerate(rows), 2):
+        found[i, j] = found[j, i] = len(np.intersect1d(a, b)) / max(len(a), len(b))
+    return found
 
 
 def compare(
@@ -174,19 +182,21 @@ def compare(
     means: Mapping[str, Floats],
     task: str,
     percent: float,
-    overlap: float,
+    overlaps: Floats,
 ) -> list[Comparison]:
-    """All pairs of rows with the same repeats, uncorrected."""
+    """All pairs of rows, which have the same repeats; uncorrected.
+
+    Args:
+      overlaps: of the training images of these repeats, (R, R).
+    """
     found = []
     for a, b in itertools.combinations(runs, 2):
-        if runs[a].repeats != runs[b].repeats:
-            continue
         difference = means[a] - means[b]
         low, high = interval(difference[1:])
         repeats = runs[a].scores[:, :, 0].mean(0) - runs[b].scores[:, :, 0].mean(0)
         found.append(
             Comparison(a, b, task, percent, float(difference[0]), low, high,
-                       p_drawn(difference[1:]), p_resampled(repeats, overlap))
+                       p_drawn(difference[1:]), p_resampled(repeats, overlaps))
         )  # fmt: skip
     return found
 

@@ -24,7 +24,7 @@ def tables_of(found: Found, parts: Sequence[Part]) -> list[tuple[Part | None, li
     grids: list[tuple[Part | None, list[Grid]]] = [(None, [scores(found)])]
     for part in parts:
         of = [summary(found.study, part), detail(found.study, part), fractions(part),
-              comparisons(part)]  # fmt: skip
+              comparisons(part), numbers(found.study, part)]  # fmt: skip
         grids.append((part, [grid for grid in of if grid.rows]))
     return grids
 
@@ -135,11 +135,11 @@ def comparisons(part: Part) -> Grid:
                 NONE if c.difference == 0 else c.a if better else c.b,
                 number(c.difference, decimals, sign=True),
                 f"[{number(c.low, decimals, True)}, {number(c.high, decimals, True)}]",
-                *(number(p, 4) for p in (c.p, c.p_holm, c.p_labels, c.p_labels_holm)),
+                *(_probability(p) for p in (c.p, c.p_holm, c.p_labels, c.p_labels_holm)),
             )
         )
     header = ("Task", "Labels", "Encoder", "less", "Better", "Difference", "95 % interval",
-              "p images", "Holm", "p labels", "Holm")  # fmt: skip
+              "p images", "p images, Holm", "p labels", "p labels, Holm")  # fmt: skip
     note = (
         "p images: over other test images (or groups), repeats and seeds, by bootstrap; p labels: "
         "over other training images, by the corrected resampled t test, which 100 % of the labels "
@@ -147,6 +147,30 @@ def comparisons(part: Part) -> Grid:
     )
     title = f"{_title(part)}: encoder against encoder"
     return Grid(f"pairs-{part.name}-{part.measures}", title, header, tuple(rows), note, labels=5)
+
+
+def numbers(study: Study, part: Part) -> Grid:
+    """A row a task, encoder and share: all that the other tables show, in full."""
+    header = ("task", "encoder", "percent", "measure", "mean", "sd", "sd_seeds", "low", "high",
+              "runs", "complete", "paper")  # fmt: skip
+    rows = []
+    for (task, row, percent), of in part.summaries.items():
+        ready = next(t for t in part.tasks if t.name == task)
+        paper = _paper_number(study, part, row, ready) if percent == at_most(part) else None
+        values = (of.mean, of.sd, of.sd_seeds, of.low, of.high)
+        rows.append(
+            (
+                task,
+                row,
+                f"{percent:g}",
+                part.measure(ready).name,
+                *("" if math.isnan(v) else repr(float(v)) for v in values),
+                str(of.runs),
+                "no" if (task, row, percent) in part.incomplete else "yes",
+                "" if paper is None else str(paper),
+            )
+        )
+    return Grid(f"numbers-{part.name}-{part.measures}", "In full", header, tuple(rows), labels=4)
 
 
 def scores(found: Found) -> Grid:
@@ -186,6 +210,10 @@ def drawn(ready: Ready) -> str:
 def decimals(part: Part, ready: Ready) -> int:
     """Decimals of a task's scores over all shares."""
     return max(_decimals(part, ready, p) for p in part.percents)
+
+
+def _probability(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else number(p, 4)
 
 
 def _title(part: Part) -> str:

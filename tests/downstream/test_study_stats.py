@@ -13,7 +13,7 @@ from jaxhisto.downstream.study_stats import (
     drawn_means,
     holm,
     interval,
-    overlap_of,
+    overlaps_of,
     p_drawn,
     p_resampled,
     summarise,
@@ -122,24 +122,37 @@ def test_holm_by_hand():
     assert with_none[2] == pytest.approx(0.02)
 
 
+def alike(repeats: int, share: float) -> np.ndarray:
+    """Overlaps of repeats that all share as much."""
+    return np.full((repeats, repeats), share) + (1 - share) * np.eye(repeats)
+
+
 def test_the_corrected_t_test_without_overlap_is_scipys_and_with_it_nadeau_and_bengios():
     d = np.array([0.02, 0.05, -0.01, 0.04, 0.03])
-    assert p_resampled(d, 0.0) == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+    assert p_resampled(d, alike(5, 0)) == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
     # By hand: mean 0.026, s^2 5.3e-4, factor 1/5 + 0.5/0.5, t = 0.026 / sqrt(6.36e-4) = 1.03097.
-    assert p_resampled(d, 0.5) == pytest.approx(2 * stats.t.sf(1.03097, 4), rel=1e-4)
+    assert p_resampled(d, alike(5, 0.5)) == pytest.approx(2 * stats.t.sf(1.03097, 4), rel=1e-4)
     # The form in the paper: n2 / n1 for test and training sets of 10 and 90.
     t = d.mean() / np.sqrt(d.var(ddof=1) * (1 / 5 + 10 / 90))
-    assert p_resampled(d, 0.1) == pytest.approx(2 * stats.t.sf(t, 4))
-    assert np.isnan(p_resampled(d, 1.0))
-    assert np.isnan(p_resampled(d[:1], 0.0))
-    assert p_resampled(np.zeros(4), 0.2) == 1.0
+    assert p_resampled(d, alike(5, 0.1)) == pytest.approx(2 * stats.t.sf(t, 4))
+    assert np.isnan(p_resampled(d, alike(5, 1)))
+    assert np.isnan(p_resampled(d[:1], alike(1, 0)))
+    assert p_resampled(np.zeros(4), alike(4, 0.2)) == 1.0
+
+
+def test_repeats_that_are_all_but_the_same_do_not_count_as_many():
+    """Four repeats that are two pairs of twins: one degree of freedom, as of two."""
+    twins = np.kron(np.eye(2), np.ones((2, 2)))
+    pairs = np.array([0.02, 0.02, 0.05, 0.05])
+    expected = stats.ttest_1samp([0.02, 0.05], 0).pvalue
+    assert p_resampled(pairs, twins) == pytest.approx(expected)
+    assert p_resampled(pairs, alike(4, 0)) < expected / 5
 
 
 def test_the_overlap_of_draws():
     a, b, c = np.arange(4), np.arange(2, 6), np.arange(4, 8)
-    assert overlap_of([a, b, c]) == pytest.approx((0.5 + 0 + 0.5) / 3)
-    assert overlap_of([a, a]) == 1.0
-    assert overlap_of([a]) == 1.0
+    expected = [[1, 0.5, 0], [0.5, 1, 0.5], [0, 0.5, 1]]
+    assert overlaps_of([a, b, c]) == pytest.approx(np.array(expected))
 
 
 def test_p_of_draws_counts_both_sides_and_is_never_0():

@@ -1,0 +1,500 @@
+"""`jaxhisto study` as a user calls it: tables, going on after a stop, failures, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_sets import read_json, tissue, write_encoder, write_images
+
+from jaxhisto import cli
+from jaxhisto.data.features import read_features
+from jaxhisto.downstream import study, study_cells, study_plan, study_settings
+from jaxhisto.downstream.study_file import read_study, shipped_studies
+from jaxhisto.errors import StoreError
+
+FILE = """
+title = "Two sets"
+percents = [50, 100]
+repeats = 2
+draws = 100
+settings = ["linear", "last_layer"]
+
+[encoders]
+trained = ["a.safetensors", "b.safetensors"]
+"hand-made" = "handmade"
+
+[probe]
+epochs = 4
+embed_batch = 4
+
+[tasks.shade]
+data = "images"
+side = 32
+paper = "BACH"
+
+[tasks.brightness]
+data = "images"
+labels = "numbers.csv"
+target = "mean"
+group = "patient"
+side = 32
+"""
+CELLS = 2 * 3 * ((2 + 1) + (2 + 2))  # tasks x encoders x (linear + last layer) at two shares
+TRAINED = 'trained = ["a.safetensors", "b.safetensors"]'
+FEWER = (TRAINED, "")
+FEW = CELLS // 3  # of the study without these
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes, their mean in a CSV file, encoders, a finished study; read only."""
+    place = tmp_path_factory.mktemp("study")
+    light, dark = tissue(16, 1, 190), tissue(16, 2, 165)
+    images = {f"light/{i:02d}.png": x for i, x in enumerate(light)}
+    images |= {f"dark/{i:02d}.png": x for i, x in enumerate(dark)}
+    write_images(place / "images", images)
+    with (place / "numbers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "mean", "patient"])
+        for i, (name, x) in enumerate(images.items()):
+            writer.writerow([name, float(x.mean()), f"p{i % 8}"])
+    write_encoder(place / "a.safetensors", 5)
+    write_encoder(place / "b.safetensors", 6)
+    (place / "two.toml").write_text(FILE)
+    assert run(place / "two.toml", "--root", place, "--out", place / "whole") == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def small(place: Path) -> Path:
+    """The same with hand-made features alone, in the folder `small` of the place; read only."""
+    file = changed(place, place / "small.toml", FEWER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "label_curves", no_picture)
+        assert run(file, "--root", place, "--out", place / "small") == 0
+    return file
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Figures are drawn in the study of `place` alone: they take most of a small study's time."""
+    monkeypatch.setattr(study, "label_curves", no_picture)
+
+
+def no_picture(part, path: Path) -> Path:
+    """Instead of a figure."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(part.name.encode())
+    return path
+
+
+def run(*args: object) -> int:
+    """Exit code of a line."""
+    return cli.main(["study", *map(str, args)])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """Of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """All that a person reads."""
+    files = [*out.glob("tables/*"), *out.glob("figures/*"), *out.glob("report.*")]
+    assert len(files) > 20
+    assert "report.html" in {f.name for f in files}
+    return {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+def changed(place: Path, to: Path, *edits: tuple[str, str]) -> Path:
+    """The study file with other words."""
+    text = FILE
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    to.write_text(text)
+    return to
+
+
+def test_every_cell_is_there_with_the_scores_that_probe_gives(place, tmp_path, capsys):
+    found = rows(place / "whole" / "tables" / "scores.csv")
+    assert len(found) == CELLS
+    for task, flags, score in (
+        ("shade", (), "auc"),
+        ("brightness", ("--task.labels", place / "numbers.csv", "--task.target", "mean",
+                        "--task.group", "patient"), "pearson"),
+    ):  # fmt: skip
+        line = ("probe", place / "a.safetensors", "--task.data", place / "images", *flags,
+                "--task.side", 32, "--embed-batch", 4, "--epochs", 4, "--draws", 1, "--percent", 50,
+                "--probes", "linear", "last_layer", "--out", tmp_path / "p.json")  # fmt: skip
+        assert cli.main([str(a) for a in line]) == 0
+        probed = {p["name"]: p["test"] for p in read_json(tmp_path / "p.json")["probes"]}
+        for setting, scores in probed.items():
+            row = next(
+                r for r in found
+                if (r["task"], r["encoder"], r["seed"], r["setting"], r["percent"], r["repeat"])
+                == (task, "trained", "0", setting, "50", "0")
+            )  # fmt: skip
+            assert float(row[score]) == pytest.approx(scores[score]["value"], rel=1e-6)
+    capsys.readouterr()
+
+
+def test_means_and_deviations_are_those_of_the_cells(place):
+    cells = rows(place / "whole" / "tables" / "scores.csv")
+    for name, score, scale in (("paper", "macro_f1", 100), ("ranks", "auc", 1)):
+        of = rows(place / "whole" / "tables" / f"numbers-last-layer-{name}.csv")
+        row = next(r for r in of if (r["task"], r["encoder"], r["percent"]) ==
+                   ("shade", "trained", "50"))  # fmt: skip
+        runs = [
+            scale * float(c[score]) for c in cells
+            if (c["task"], c["encoder"], c["percent"], c["setting"])
+            == ("shade", "trained", "50", "last_layer")
+        ]  # fmt: skip
+        assert row["runs"] == "4"
+        assert float(row["mean"]) == pytest.approx(np.mean(runs))
+        assert float(row["sd"]) == pytest.approx(np.std(runs, ddof=1))
+        of_seeds = [np.mean(runs[:2]), np.mean(runs[2:])]
+        assert float(row["sd_seeds"]) == pytest.approx(np.std(of_seeds, ddof=1))
+        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
+    pairs = rows(place / "whole" / "tables" / "pairs-linear-paper.csv")
+    assert {(p["Encoder"], p["less"]) for p in pairs} == {("trained", "hand-made")}
+    assert all(p["p labels"] == "-" for p in pairs if p["Labels"] == "100 %")
+    assert any(p["p labels"] != "-" for p in pairs if p["Labels"] == "50 %")
+
+
+def test_a_report_loads_nothing_and_says_how_sure_it_is(place):
+    page = (place / "whole" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<script" not in page
+    assert page.count("data:image/png;base64,") == 4
+    assert "intervals draw 8 test images" in page
+    assert re.search(r"brightness: regression.* intervals draw \d test groups of 8 images", page)
+    text = (place / "whole" / "report.md").read_text()
+    for figure in re.findall(r"\]\((figures/.*?)\)", text):
+        assert (place / "whole" / figure).stat().st_size > 5000
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_line_again_computes_nothing(place, small, monkeypatch, capsys):
+    def never(cell):
+        raise AssertionError(cell.words)
+
+    monkeypatch.setattr(study, "_outcome", never)
+    before = written(place / "small")
+    assert run(small, "--root", place, "--out", place / "small") == 0
+    assert f"{FEW} cells, {FEW} of them finished" in capsys.readouterr().out
+    assert written(place / "small") == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_stopped_at_any_cell_it_goes_on_to_the_same_bytes(place, small, tmp_path, monkeypatch):
+    out, calls = tmp_path / "out", []
+    line = (small, "--root", place, "--out", out)
+    write = study.write_cell
+
+    def stopping(cell, outcome):
+        calls.append(cell.hash)
+        if len(calls) in (1, 6, 13):
+            raise KeyboardInterrupt
+        write(cell, outcome)
+
+    monkeypatch.setattr(study, "write_cell", stopping)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            study.run_study(config_of(*line))
+    assert run(*line) == 0
+    assert len(calls) == FEW + 3  # those three were not written, and no other one is done twice
+    assert len(set(calls)) == FEW
+    assert written(out) == written(place / "small")
+
+
+def config_of(file, *flags):
+    """What the verb parses."""
+    from jaxhisto.downstream_config import StudyConfig
+    from jaxhisto.flags import parse
+
+    return parse(StudyConfig, [str(a) for a in (file, *flags)], "study", recipe=False)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "jaxhisto.cli", "study", str(place / "two.toml")]
+    line += ["--root", str(place), "--out", str(out)]
+    quiet = subprocess.DEVNULL
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(line, stdout=quiet, stderr=quiet, env=environment)
+        before = len(list(out.glob("cells/*.json")))
+        while process.poll() is None:
+            there = len(list(out.glob("cells/*.json")))
+            if there >= before + 5:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        if process.wait() == 0:
+            break
+        kills += 1
+        written_at = {p: p.stat().st_mtime_ns for p in out.glob("cells/*.json")}
+    assert kills == 3
+    assert run(*line[4:]) == 0
+    assert all(p.stat().st_mtime_ns == at for p, at in written_at.items())
+    assert written(out) == written(place / "whole")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_cut_off_cell_is_computed_again(place, small, tmp_path):
+    out = Path(shutil.copytree(place / "small", tmp_path / "out"))
+    for i, cell in enumerate(sorted(out.glob("cells/*"))[:4]):
+        cell.write_bytes(cell.read_bytes()[: 10 * i])
+    assert run(small, "--root", place, "--out", out) == 0
+    assert written(out) == written(place / "small")
+
+
+def test_what_is_changed_is_computed_again_and_nothing_else(place, small, tmp_path, capsys):
+    out = Path(shutil.copytree(place / "small", tmp_path / "out"))
+
+    def earlier(file: Path) -> int:
+        assert run(file, "--root", place, "--out", out, "--plan") == 0
+        return int(re.search(r"cells, (\d+) of them", capsys.readouterr().out)[1])
+
+    renamed = changed(place, tmp_path / "a.toml", FEWER, ("hand-made", "colour"), ("Two", "Some"))
+    assert earlier(renamed) == FEW
+    rate = changed(place, tmp_path / "b.toml", FEWER, ("epochs = 4", "epochs = 4\nrate = 0.1"))
+    assert earlier(rate) == 0
+    larger = changed(place, tmp_path / "c.toml", FEWER, ("side = 32\npaper", "side = 40\npaper"))
+    assert earlier(larger) == FEW / 2
+    more = changed(place, tmp_path / "d.toml", FEWER, ("repeats = 2", "repeats = 3"))
+    assert earlier(more) == FEW
+    moved = tmp_path / "moved"
+    shutil.copytree(place / "images", moved / "images")
+    shutil.copy(place / "numbers.csv", moved)
+    assert run(small, "--root", moved, "--out", out, "--plan") == 0
+    assert f", {FEW} of them" in capsys.readouterr().out
+    image = moved / "images" / "dark" / "03.png"
+    write_images(image.parent, {image.name: tissue(1, 9)[0]})
+    assert run(small, "--root", moved, "--out", out, "--plan") == 0
+    assert ", 0 of them" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_failing_cell_is_told_and_tried_again(place, small, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    whole = study_settings.SETTINGS["linear"]
+
+    def failing(cell):
+        if (cell.entry.row, cell.ready.name, cell.percent) == ("hand-made", "shade", 50):
+            raise (StoreError("x.png: is damaged; restore it.") if cell.repeat else
+                   np.linalg.LinAlgError("SVD did not\nconverge"))  # fmt: skip
+        return whole(cell)
+
+    monkeypatch.setitem(study_settings.SETTINGS, "linear", failing)
+    line = (small, "--root", place, "--out", out)
+    assert run(*line) == 1
+    said = capsys.readouterr().err
+    assert "2 cells failed" in said
+    assert read_json(out / "failures.json") == [
+        "linear, hand-made 1, shade, 50 %, repeat 0: LinAlgError: SVD did not converge",
+        "linear, hand-made 1, shade, 50 %, repeat 1: x.png: is damaged; restore it.",
+    ]
+    assert "2 cells failed" in (out / "report.html").read_text()
+    labels = rows(out / "tables" / "labels-linear-paper.csv")
+    assert next(r for r in labels if r["Encoder"] == "hand-made")["50 %"] == "-"
+    monkeypatch.setitem(study_settings.SETTINGS, "linear", whole)
+    assert run(*line) == 0
+    assert not (out / "failures.json").exists()
+    assert written(out) == written(place / "small")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_features_of_a_broken_image_fail_their_cells_alone(place, small, tmp_path, capsys):
+    root = tmp_path
+    shutil.copytree(place / "images", root / "images")
+    shutil.copy(place / "numbers.csv", root)
+    (root / "images" / "dark" / "03.png").write_bytes(b"no image")
+    assert run(small, "--root", root, "--out", tmp_path / "out") == 1
+    failures = read_json(tmp_path / "out" / "failures.json")
+    assert len(failures) == FEW
+    assert all("dark/03.png" in failure for failure in failures)
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_one_device_gives_what_four_give(place, tmp_path):
+    line = (place / "two.toml", "--root", place, "--out", tmp_path / "one", "--devices", 1)
+    assert run(*line) == 0
+    assert written(tmp_path / "one") == written(place / "whole")
+    file = next((place / "whole" / "features").glob("*.h5"))
+    with read_features(file) as four, read_features(tmp_path / "one/features" / file.name) as one:
+        assert (four.all() == one.all()).all()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_papers_numbers_stand_beside_ours(place, tmp_path):
+    edits = (
+        (TRAINED, ""),
+        ('"hand-made" = "handmade"',
+         '[encoders."hand-made"]\nfiles = "handmade"\npaper = "18 Self supervised"'),
+    )  # fmt: skip
+    file = changed(place, tmp_path / "p.toml", *edits)
+    assert run(file, "--root", place, "--out", tmp_path / "out", "--only", "shade/*/last*") == 0
+    column = "shade (macro F1)"
+    ours, paper, less = rows(tmp_path / "out" / "tables" / "detail-last-layer-paper.csv")
+    assert (ours["Encoder"], paper["Encoder"], less["Encoder"]) == (
+        "hand-made", "  paper", "  difference")  # fmt: skip
+    assert paper[column] == "64.5"  # Table D.8, BACH
+    assert float(less[column]) == pytest.approx(float(ours[column].split()[0]) - 64.5, abs=0.11)
+    # One set of five is no average to compare with the paper's.
+    assert len(rows(tmp_path / "out" / "tables" / "summary-last-layer-paper.csv")) == 1
+
+
+REFUSED = [
+    (("repeats", "repeat"), "unknown key repeat; did you mean repeats?"),
+    (("side = 32\npaper", "sides = 32\npaper"), "unknown key tasks.shade.sides; did you mean"),
+    (("epochs = 4", "epoch = 4"), "unknown key probe.epoch; did you mean probe.epochs?"),
+    (("epochs = 4", 'epochs = "4"'), "probe.epochs '4': must be a whole number"),
+    (("epochs = 4", "epochs = 0"), "probe.epochs 0: must lie in 1..100000"),
+    (("[50, 100]", "[50, 120]"), "must lie in 1e-09..100"),
+    (('["linear", "last_layer"]', '["linea"]'), "settings 'linea': must be one of last_layer"),
+    (('["linear", "last_layer"]', '"linear"'), "settings 'linear': must be a list, in [ ]"),
+    (('"b.safetensors"', '"a.safetensors"'), "encoders.trained names a file twice"),
+    (('"b.safetensors"', '""'), "encoders.trained names no encoder"),
+    (('= "handmade"', "= 3"), "encoders.hand-made is 3; write a name"),
+    (('paper = "BACH"', 'paper = "CIFAR"'), "tasks.shade.paper 'CIFAR': is no column"),
+    (('"b.safetensors"', '"c.safetensors"'), "encoders.trained: c.safetensors: not a published"),
+    (('labels = "numbers.csv"', 'labels = "none.csv"'), "tasks.brightness: "),
+    (('["linear", "last_layer"]', '["segment"]'), "for which none of the settings segment is one"),
+    (("[probe]", "[probe"), "not valid TOML"),
+    (('title = "Two sets"', 'paper = "D.1"'), "paper 'D.1': is no table; there is D.7"),
+]
+
+
+@pytest.mark.parametrize(("edit", "sentence"), REFUSED, ids=[s[:30] for _, s in REFUSED])
+def test_refused_before_the_first_cell(place, tmp_path, capsys, monkeypatch, edit, sentence):
+    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
+    file = changed(place, tmp_path / "bad.toml", edit)
+    assert run(file, "--root", place, "--out", tmp_path / "out") in (1, 2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxhisto")]
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_setting_that_this_version_does_not_have(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study_settings.MODULES, "finetune", "jaxhisto.downstream.nowhere")
+    file = changed(place, tmp_path / "f.toml", ('"last_layer"]', '"finetune"]'))
+    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
+    assert "has no `finetune`; it has last_layer, linear, knn" in capsys.readouterr().err
+
+
+def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
+    shutil.copy(place / "a.safetensors", tmp_path / "c.safetensors")
+    file = changed(place, tmp_path / "t.toml", ('"b.s', f'"{tmp_path}/c.s'))
+    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
+    assert "holds the same weights as" in capsys.readouterr().err
+
+
+def test_two_at_work_in_one_folder_and_patterns_of_nothing(place, small, tmp_path, capsys):
+    line = (small, "--root", place, "--out", tmp_path / "out")
+    with study._locked(tmp_path / "out"):
+        assert run(*line) == 1
+    assert "another `jaxhisto study` is at work there" in capsys.readouterr().err
+    assert run(*line, "--only", "nothing/*") == 2
+    assert "matches no cell; write TASK/ENCODER/SETTING, such as shade/" in capsys.readouterr().err
+
+
+def test_an_image_is_hashed_again_only_where_its_file_changed(place, tmp_path, monkeypatch):
+    from jaxhisto.data.tasks import open_task
+    from jaxhisto.downstream_config import TaskConfig
+
+    task = open_task(TaskConfig(data=str(place / "images")))
+    first = study_plan.image_hash(task, tmp_path / "m.json")
+    monkeypatch.setattr(study_plan, "read_bytes", lambda path: pytest.fail(str(path)))
+    assert study_plan.image_hash(task, tmp_path / "m.json") == first
+
+
+@pytest.mark.parametrize("name", sorted(shipped_studies()))
+def test_shipped_studies_are_read(name):
+    found = read_study(shipped_studies()[name])
+    assert found.title
+    assert "jaxhisto study" in shipped_studies()[name].read_text()
+    for cell_setting in found.settings:
+        assert cell_setting in study_settings.SETTINGS
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_task_with_masks_is_scored_by_pixels(tmp_path, monkeypatch):
+    """The part of the report for UNets, from confusion matrices that a setting gives."""
+    rng = np.random.default_rng(0)
+    write_images(tmp_path / "images", {f"{i}.png": x for i, x in enumerate(tissue(12, 3))})
+    masks = {f"{i}.png": rng.integers(0, 2, (32, 32)).astype(np.uint8) for i in range(12)}
+    write_images(tmp_path / "masks", masks)
+    (tmp_path / "s.toml").write_text(
+        'percents = [100]\nrepeats = 2\ndraws = 100\nsettings = ["segment"]\n'
+        '[encoders]\n"at random" = "random:resnet10"\n'
+        '[tasks.cells]\ndata = "images"\nmasks = "masks"\nside = 32\n'
+    )
+
+    def made(cell):
+        seed = np.random.default_rng(cell.repeat)
+        confusion = seed.integers(1, 100, (len(cell.ready.split.test), 2, 2))
+        return study_cells.Outcome({"epoch": 1.0}, {}, {"macro_f1": 0.5}, confusion)
+
+    monkeypatch.setitem(study_settings.SETTINGS, "segment", made)
+    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
+    monkeypatch.setattr(study_cells, "FROZEN", (*study_cells.FROZEN, "segment"))
+    assert run(tmp_path / "s.toml", "--root", tmp_path, "--out", tmp_path / "out") == 0
+    (row,) = rows(tmp_path / "out" / "tables" / "numbers-fine-tuned-paper.csv")
+    scores = []
+    for repeat in range(2):
+        (a, b), (c, d) = np.random.default_rng(repeat).integers(1, 100, (3, 2, 2)).sum(0)
+        scores.append(100 * (2 * a / (2 * a + b + c) + 2 * d / (2 * d + b + c)) / 2)
+    assert float(row["mean"]) == pytest.approx(np.mean(scores))
+
+
+def test_the_papers_tables_are_the_papers(shared_docs):
+    """The file's rows against the lines of the text, which end in a point where a 0 is missing."""
+    text = (
+        (shared_docs / "paper.txt")
+        .read_text()
+        .replace("\N{MULTIPLICATION SIGN}", "x")
+        .replace("Imagenet", "ImageNet")
+    )
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    lines = {re.sub(r"(\d)\.(?= |$)", r"\1", line) for line in lines}
+    of: dict[tuple[str, str], list[str]] = {}
+    for row in rows(Path(study.__file__).with_name("paper_tables.csv")):
+        of.setdefault((row["table"], row["row"]), []).append(row["value"])
+    assert len(of) > 60
+    for (table, name), values in of.items():
+        end = " ".join(values)
+        found = {line.removesuffix(end).strip() for line in lines if line.endswith(" " + end)}
+        # A group's first line bears its name, the others do not.
+        assert found & {name, name.partition(" ")[2]}, (table, name, end)
+
+
+def test_records_of_a_study(place):
+    facts = read_json(place / "whole" / "study.json")
+    assert facts["study"]["repeats"] == 2
+    assert [e["row"] for e in facts["encoders"]] == ["trained", "trained", "hand-made"]
+    split = read_json(place / "whole" / "splits" / "shade.json")
+    assert split["sha256"] == facts["tasks"]["shade"]["split_sha256"]
+    cell = json.loads(next((place / "whole" / "cells").glob("linear-*.json")).read_text())
+    assert cell["images"]["test"] == 8
+    assert set(cell["test"]) in (
+        {"macro_f1", "auc", "balanced_accuracy", "accuracy"},
+        {"mae", "r2", "pearson", "spearman"},
+    )
