@@ -31,6 +31,9 @@ class TileConfig:
     """Folder of the tile store; made if absent, completed if an earlier run was stopped."""
     dataset: str = ""
     """Dataset name stored with each tile; empty: the name of the store's folder."""
+    dataset_by_folder: bool = False
+    """Each slide's dataset is the first folder below the path given: one store of many datasets,
+    which `sample` keeps apart. `dataset` is then the name of the whole."""
     tile_px: int = within(224, 8, 8192)
     """Side of a tile in pixels (paper: 224)."""
     tile_mpp: float | None = within(None, 0.01, 100)
@@ -44,6 +47,9 @@ class TileConfig:
     (on saturation) or `od` (haematoxylin + eosin optical density)."""
     close_um: float = within(100.0, 0, 2000)
     """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off. Ours."""
+    pen: Literal["none", "green_blue", "all"] = "green_blue"
+    """Tiles with marker ink on a tenth or more are left out: `green_blue` ink; `all`, red and black
+    too, which may take blood and pigment; `none` for alcian blue, trichrome and the like. Ours."""
     min_foreground: float = within(0.5, 0, 1)
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
     max_tiles: int = within(100, 0, MANY)
@@ -54,12 +60,22 @@ class TileConfig:
     """JPEG quality of the stored tiles, 1..100. Ours."""
     jpeg_subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] = "4:4:4"
     """Chroma subsampling of the stored tiles; stains live in chroma, so 4:4:4. Ours."""
+    passthrough: bool = False
+    """Store the slide's own JPEG tiles as they are where those are the tiles asked for (same side,
+    no resizing; Aperio and generic TIFF), at the slide's quality and subsampling. Ours."""
     failures_allowed: int = within(0, 0, MANY, operational=True)
     """Slides that may fail before the exit code is 1; the store is complete without them."""
     processes: int = within(0, 0, MANY, operational=True)
     """Slides cut at the same time, each in a process of its own; 0: one a core."""
     slide_timeout: float = within(3600.0, 1, 1e7, operational=True)
-    """Seconds after which a slide's process is ended and the slide counted as failed."""
+    """Seconds after which a slide's process is ended; a slide that takes as long again when all
+    others are done counts as failed."""
+    check_disk: bool = field(default=True, metadata=OPERATIONAL)
+    """Refuse to start where the tiles clearly do not fit on the disk of `out`."""
+    beam: str = field(default="", metadata=OPERATIONAL)
+    """Flags of an Apache Beam runner, which cuts the slides in place of local processes:
+    `--beam="--runner=FlinkRunner --flink_master=HOST:8081"`. Slides and `out` must lie under the
+    same paths on all its workers. Needs the extra `beam`."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class CutConfig:
     """Radius of `ciga2022`'s morphological close, in um on the slide; 0 switches it off."""
     min_foreground: float = within(0.5, 0, 1)
     """Share of a tile that must be foreground, 0..1 (paper: 0.5)."""
+    pen: Literal["none", "green_blue", "all"] = "green_blue"
+    """Marker ink that tiles are left out for, as `jaxhisto tile` has it."""
     max_tiles: int = within(0, 0, MANY)
     """Most tiles of one slide, drawn at random; 0: all."""
     seed: int = within(0, 0, MANY)
@@ -62,7 +64,8 @@ class EmbedConfig:
     max_side: int = within(512, 32, 8192)
     """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
     failures_allowed: int = within(0, 0, MANY)
-    """Images (no store's tiles) that may be unreadable; they are dropped, counted and listed."""
+    """Images (no store's tiles) or slides that may be unreadable; they are dropped, counted and
+    listed."""
     cut: CutConfig = field(default_factory=CutConfig)
     batch: int = within(64, 1, 4096)
     """Tiles that a device takes at a time; the numbers are the same on any number of devices."""
@@ -122,6 +125,9 @@ class TaskConfig:
     `bach_segmentation` 0 means 1024 (paper)."""
     windows: Literal["all", "annotated"] = "all"
     """Of `bach_segmentation`: all windows, or those that an annotation touches."""
+    split_by: Literal["group", "image"] = "group"
+    """`group`: no group is divided, where the images have any; `image`: groups are ignored (paper),
+    so that images of one patient may be on both sides. A set's own split stays as it is."""
     side: int = within(224, 8, 8192)
     """Side to which an image's centre square is resized, px."""
     test: tuple[str, ...] = ()
@@ -207,3 +213,102 @@ class StudyConfig:
     """Devices to compute with; 0: all."""
     threads: int = within(0, 0, MANY, operational=True)
     """Threads that read images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class PicturesConfig:
+    """Where the pictures behind a file of features are."""
+
+    tiles: tuple[str, ...] = ()
+    """What was embedded: tile stores, folders and files of images."""
+    slides: tuple[str, ...] = ()
+    """Whole slides and folders of slides, to paint on; also tiles are read from them that
+    `tiles` does not hold."""
+    manifest: str = ""
+    """The list of tiles that was embedded, if one was."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what was left out when the tiles were embedded."""
+    max_side: int = within(512, 32, 8192)
+    """Longest side of a cell of large images when they were embedded, px."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images that may be unreadable, as when they were embedded."""
+    mpp: float | None = within(None, 0.01, 100)
+    """um/px of images, and at level 0 of slides, that do not state one: for the scale bar."""
+    partial: bool = False
+    """Go on where the tiles are not those that were embedded: by name, the others drawn as
+    missing, counted and listed."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that check images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Cluster features by mini-batch k-means, and show what the clusters are."""
+
+    features: str = field(metadata=POSITIONAL)
+    """File of `jaxhisto embed`."""
+    out: str
+    """Folder for clusters.json, centres.npy, assignments.h5 and the pictures."""
+    k: tuple[int, ...] = within((), 1, MANY)
+    """Clusters. Several: each is tried, the elbow of their curve is taken (paper: 1000 1500 ..
+    10000, elbow 3000). Empty: ten even steps up to 10,000 or a twentieth of the rows."""
+    seed: int = within(0, 0, MANY)
+    """Seed of the start, the order of mini-batches, and what is shown."""
+    shown: int = within(24, 0, 500)
+    """Clusters on the sheet, drawn at random (paper: Fig. 5)."""
+    nearest: int = within(3, 1, 12)
+    """Tiles nearest to its centre that are shown of each (paper: 3)."""
+    maps: int = within(8, 0, 1000)
+    """Slides that are painted with the clusters, those with most tiles (paper: Fig. 6)."""
+    highlight: tuple[int, ...] = within((), 0, MANY)
+    """Clusters to show alone on the slides."""
+    show: PicturesConfig = field(default_factory=PicturesConfig)
+    pick: int = within(0, 0, MANY)
+    """Write picked.jsonl, a list of so many representative tiles, for
+    `pretrain --data.manifest`: in turn the nearest to each centre, largest clusters first."""
+    pick_from: tuple[int, ...] = within((), 0, MANY)
+    """Clusters to pick from; empty: all."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all. The numbers are the same on any number."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there. Clusters of the same features, k and seed are kept, and only the
+    pictures made anew."""
+
+
+@dataclass(frozen=True)
+class RetrieveConfig:
+    """Find the tiles that are most like a tile, by the cosine of their features."""
+
+    features: str = field(metadata=POSITIONAL)
+    """File of `jaxhisto embed`."""
+    query: tuple[str, ...]
+    """Names of tiles in it, one row of the sheet each; `slide.svs@y,x` of a store's."""
+    out: str
+    """The PNG to write; a CSV file with names and cosines lies beside it."""
+    count: int = within(8, 1, 200)
+    """Nearest tiles shown of each."""
+    show: PicturesConfig = field(default_factory=PicturesConfig)
+    other_slides: bool = False
+    """Leave out tiles of the query's own slide, which are near because they are neighbours."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace the files of that name."""
+
+
+@dataclass(frozen=True)
+class SheetConfig:
+    """Tiles of many datasets on one sheet (paper: Fig. 2)."""
+
+    sources: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Tile stores and image folders; `NAME=FOLDER` names an image folder's dataset."""
+    out: str
+    """The PNG to write."""
+    per_dataset: int = within(8, 1, 200)
+    """Tiles of each, drawn as `jaxhisto sample` draws them."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of what is left out: image names, slide ids."""
+    seed: int = within(0, 0, MANY)
+    """Seed of the draw."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images of a folder that may be unreadable; they are left out."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace a file of that name."""

@@ -160,11 +160,15 @@ class LeakageConfig:
     """Find what pretraining tiles and labelled images have in common, and report it."""
 
     pretraining: tuple[str, ...] = field(metadata=POSITIONAL)
-    """A run folder of `jaxhisto pretrain`, or tile stores and image folders."""
+    """A run folder of `jaxhisto pretrain`, a list of `jaxhisto sample`, or tile stores and image
+    folders."""
     against: tuple[str, ...]
     """The labelled sets: image folders, folders of class folders, tile stores."""
     out: str = ""
     """Folder of the report; empty: leakage-NAME in the run folder."""
+    stores: tuple[str, ...] = ()
+    """Of a list: the stores and image folders that hold its tiles. Of a run: where its data lies
+    now, if it was moved."""
     exclude: tuple[str, ...] = ()
     """Of stores and folders: shell patterns of what was not trained on, as `pretrain` had them;
     a run says so itself."""

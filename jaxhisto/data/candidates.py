@@ -13,7 +13,7 @@ from jaxhisto.data import catalog
 from jaxhisto.data.catalog import About
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.sources import StoreSource, open_tiles
-from jaxhisto.data.store import read_manifest
+from jaxhisto.data.store import dataset_of, read_manifest
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.file_config import SampleConfig
 
@@ -45,7 +45,8 @@ class Slide:
 
 @dataclass(frozen=True)
 class Pool:
-    """All that was given: slides and images, where they lie, records, what is unreadable."""
+    """All that was given: slides and images, where they lie, what is unreadable; and a record of
+    each dataset of each source, with `source` as in `Slide`."""
 
     slides: Sequence[Slide]
     paths: Sequence[str]
@@ -76,7 +77,7 @@ def open_pool(config: SampleConfig, known: Known) -> Pool:
     except StoreError as error:
         raise StoreError(_in_our_flags(str(error))) from error
     slides: list[Slide] = []
-    records = []
+    records: list[dict[str, Any]] = []
     for i, (source, (name, path)) in enumerate(zip(tiles.sources, named, strict=True)):
         if isinstance(source, StoreSource):
             kind, found = "store", _of_store(source, i, name)
@@ -88,8 +89,13 @@ def open_pool(config: SampleConfig, known: Known) -> Pool:
                 "store, or unpack it into a folder."
             )
         slides += found
-        record = {"kind": kind, "dataset": found[0].dataset, "hash": source.hash}
-        records.append(record | {"tiles": sum(slide.tiles for slide in found)})
+        tiles_of: dict[str, int] = defaultdict(int)
+        for slide in found:
+            tiles_of[slide.dataset] += slide.tiles
+        records += [
+            {"kind": kind, "dataset": dataset, "hash": source.hash, "tiles": count, "source": i}
+            for dataset, count in sorted(tiles_of.items())
+        ]
     _refuse_twice(slides, records, paths)
     return Pool(slides, paths, records, tiles.dropped)
 
@@ -153,13 +159,17 @@ def _asked_names(config: SampleConfig, about: Mapping[str, About], known: Known)
 
 def _of_store(source: StoreSource, index: int, name: str) -> list[Slide]:
     manifest = read_manifest(source.path)
-    if name and name != manifest["dataset"]:
+    datasets = sorted({dataset_of(manifest, s) for s in manifest["slides"]})
+    if name and [name] != datasets:
+        several = f" and {len(datasets) - 1} more" if len(datasets) > 1 else ""
         raise StoreError(
-            f"{source.path}: is a store of dataset {manifest['dataset']!r}; give it without "
+            f"{source.path}: is a store of dataset {datasets[0]!r}{several}; give it without "
             f"{name}=, since its tiles carry their name."
         )
     return [
-        Slide(manifest["dataset"], s["id"], s["tile_mpp"], s["part"]["sha256"], s["tiles"], index)
+        Slide(
+            dataset_of(manifest, s), s["id"], s["tile_mpp"], s["part"]["sha256"], s["tiles"], index
+        )
         for s in manifest["slides"]
         if s["id"] in source.slides
     ]
@@ -186,7 +196,8 @@ def _refuse_twice(
 ) -> None:
     """Two sources with one tile would weigh it double, and make the draw ambiguous."""
     folders: dict[str, int] = {}
-    for i, record in enumerate(records):
+    for record in records:
+        i = record["source"]
         if record["kind"] == "folder" and (j := folders.setdefault(record["dataset"], i)) != i:
             raise StoreError(
                 f"{paths[j]} and {paths[i]}: both would be dataset {record['dataset']}; name one "

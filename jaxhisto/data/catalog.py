@@ -20,6 +20,8 @@ from pathlib import Path
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.file_config import CatalogConfig
 
+ALMOST = 0.8
+"""difflib's ratio from which two names are one of them misspelt: letters swapped or missing."""
 COUNTED = {"patches": "images", "slides": "slides"}
 SAME_ORGAN = ({"kidney", "renal"}, {"lung", "chest"}, {"marrow", "bone marrow"})
 WIDER = {"colorectal": {"colon", "rectum"}}
@@ -131,10 +133,54 @@ def known_datasets(table: str = "") -> dict[str, tuple[str, About]]:
     return found | (dict(_user_rows(Path(table))) if table else {})
 
 
-def nearest_name(name: str, known: Mapping[str, tuple[str, About]]) -> str:
-    """` (did you mean X?)`, or nothing where no known dataset is called alike."""
-    near = difflib.get_close_matches(name_key(name), list(known), 1)
+def nearest_name(name: str, known: Mapping[str, tuple[str, About]], cutoff: float = 0.6) -> str:
+    """` (did you mean X?)`, or nothing where no known dataset is called alike.
+
+    Args:
+      cutoff: how alike, 0..1 (difflib's ratio).
+    """
+    near = difflib.get_close_matches(name_key(name), list(known), 1, cutoff)
     return f" (did you mean {known[near[0]][0]!r}?)" if near else ""
+
+
+def doubts(given: Iterable[str], table: str = "") -> list[str]:
+    """A line for each name, organ or stain that is not known and spelt almost as one that is.
+
+    Such a row of the user's table is another dataset, or of another organ, without a word: what
+    is new is allowed.
+
+    Args:
+      given: names of the datasets that are there.
+      table: as of `known_datasets`.
+    """
+    rows = dict(_user_rows(Path(table))) if table else {}
+    printed = {name_key(row.name): row.name for row in read_catalog()}
+    here = {name_key(name): (name, About()) for name in sorted(given)}
+    lines = [
+        f"{name}: is not in the catalogue{' nor in ' + table if table else ''}; {near}"
+        for key, (name, _) in here.items()
+        if key not in rows.keys() | printed.keys() and (near := _almost(key, printed))
+    ]
+    lines += [
+        f"{table}: {name} is none of the datasets given; {near}"
+        for key, (name, _) in rows.items()
+        if key not in here.keys() | printed.keys()
+        if (near := _almost(key, {k: n for k, (n, _) in here.items() if k not in rows}))
+    ]
+    for what, column in (("organ", "organ"), ("stain", "staining")):
+        usual = known_terms(getattr(row, column) for row in read_catalog())
+        lines += [
+            f"{table}: the {what} of {name}, {term}, is no other dataset's; {near}"
+            for name, about in rows.values()
+            for term in sorted(terms(getattr(about, what)) - set(usual))
+            if (near := _almost(term, {t: t for t in usual}))
+        ]
+    return lines
+
+
+def _almost(key: str, known: Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(key, list(known), 1, ALMOST)
+    return f"did you mean {known[near[0]]!r}?" if near else ""
 
 
 def listing(config: CatalogConfig) -> list[str]:

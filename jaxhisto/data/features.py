@@ -73,7 +73,7 @@ class Features:
           StoreError: h5py is missing, no such file, or not one of features.
         """
         self.path = Path(path)
-        h5py = _h5py(self.path)
+        h5py = need_h5py(self.path)
         if not self.path.is_file():
             raise StoreError(
                 f"{path}: does not exist; write it with `jaxhisto embed`.{_half(path)}"
@@ -185,7 +185,7 @@ class FeatureWriter:
             there, or it cannot be written.
         """
         self.out, self._block = Path(out), block
-        self._h5py = _h5py(self.out)
+        self._h5py = need_h5py(self.out)
         self.partial = self.out.with_name(self.out.name + PARTIAL)
         self._dtype = np.dtype([("features", "<f4", (width,)), ("coords", "<i8", (2,))])
         try:
@@ -198,12 +198,12 @@ class FeatureWriter:
                 f"{self.out}: another `jaxhisto embed` is writing it; wait for that one."
             ) from error
         except OSError as error:
-            raise _unwritable(self.partial, error) from error
+            raise unwritable(self.partial, error) from error
         try:
             self._begin(json.loads(json.dumps({**identity, "width": width})))
         except OSError as error:
             self._lock.close()
-            raise _unwritable(self.partial, error) from error
+            raise unwritable(self.partial, error) from error
         except StoreError:
             self._lock.close()
             raise
@@ -254,7 +254,7 @@ class FeatureWriter:
                 os.fsync(self._file.fileno())
                 self._unsynced = 0
         except OSError as error:
-            raise _unwritable(self.partial, error) from error
+            raise unwritable(self.partial, error) from error
         self.done += len(rows)
 
     def coords(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -278,10 +278,10 @@ class FeatureWriter:
         temporary = self.partial / "finished.h5"
         try:
             width = self._dtype["features"].shape[0]
-            _write(self._h5py, temporary, width, self._rows, names, slides, spans, attributes)
+            write_hdf5(self._h5py, temporary, width, self._rows, names, slides, spans, attributes)
             os.replace(temporary, self.out)
         except OSError as error:
-            raise _unwritable(self.out, error) from error
+            raise unwritable(self.out, error) from error
         self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -310,50 +310,7 @@ class FeatureWriter:
         return np.fromfile(self.partial / ROWS, self._dtype, stop - start, offset=start * size)
 
 
-def write_per_slide(found: Features, folder: Path | str) -> list[Path]:
-    """Writes FOLDER/SLIDE.h5 for each slide; images that are of none stay out.
-
-    Raises:
-      StoreError: no slides, two that would share a file, or one cannot be written.
-    """
-    of: dict[str, list[int]] = {}
-    for row, slide in enumerate(found.slides):
-        if slide:
-            of.setdefault(slide, []).append(row)
-    if not of:
-        raise StoreError(f"{found.path}: has tiles of no slide; leave --per-slide out.")
-    files: dict[Path, str] = {}
-    for slide in of:
-        file = Path(folder) / f"{Path(slide).with_suffix('')}.h5"
-        if file in files:
-            raise StoreError(
-                f"{file}: would hold both {files[file]} and {slide}; rename one, or leave "
-                "--per-slide out."
-            )
-        files[file] = slide
-    h5py = _h5py(found.path)
-    for file, slide in files.items():
-        rows = of[slide]
-
-        def read(at: NDArray[np.int64], rows: list[int] = rows) -> tuple[Floats, NDArray[np.int64]]:
-            index = np.asarray(rows)[at]
-            # HDF5 is quick at spans, not at lists of rows.
-            span = found.read(int(index.min()), int(index.max()) + 1)
-            return span[index - index.min()], found.coords[index]
-
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        told = [found.names[i] for i in rows], [slide] * len(rows), found.spans[rows]
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _write(h5py, temporary, found.width, read, *told, found.attributes | {"slide": slide})
-            os.replace(temporary, file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _unwritable(file, error) from error
-    return list(files)
-
-
-def _write(
+def write_hdf5(
     h5py: Any,
     path: Path,
     width: int,
@@ -393,7 +350,7 @@ def refuse_not_finite(rows: Floats, name: Callable[[int], str], where: str) -> N
         )
 
 
-def _h5py(path: Path) -> Any:
+def need_h5py(path: Path) -> Any:
     try:
         return importlib.import_module("h5py")
     except ImportError as error:
@@ -413,7 +370,7 @@ def _half(path: Path | str) -> str:
     return ""
 
 
-def _unwritable(path: Path, error: OSError) -> StoreError:
+def unwritable(path: Path, error: OSError) -> StoreError:
     return StoreError(
         f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
         "another --out."

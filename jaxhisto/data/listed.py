@@ -52,11 +52,12 @@ class Listed:
       manifest: hash and tiles (images of a folder count once) of the list, for records.
       hash: the manifest's: it holds the sha256 of all that is read.
       digests: sha256 of the image files among them.
+      sources: the stores and folders that the tiles were found in.
       slides: ids of the slides that its tiles are of.
     """
 
     def __init__(self, manifest: Manifest, path: Path, sources: Sequence[Source]) -> None:
-        self.path, self._sources, self._list = path, sources, manifest
+        self.path, self.sources, self._list = path, sources, manifest
         self.hash = manifest.hash
         self.manifest = {"sha256": self.hash, "tiles": len(manifest)}
         self.dropped: list[tuple[str, str]] = []
@@ -74,20 +75,26 @@ class Listed:
         return len(self._at)
 
     def read(self, i: int) -> NDArray[np.uint8]:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.read(row)
 
     def size(self, i: int) -> tuple[int, int]:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.size(row)
 
     def name(self, i: int) -> str:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.name(row)
 
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
-        source, row = self._find(i)
+        source, row = self.at(i)
         return source.located(row, at)
+
+    def first_cells(self) -> list[int]:
+        """Of each tile of the list its position here; of an image in cells, its first one's."""
+        places = _places(self.sources)
+        counts = [len(places[_key(entry, row)]) for entry, row in self._list.tiles()]
+        return [0, *np.cumsum(counts[:-1]).tolist()]
 
     def mpp_range(self) -> tuple[float, float] | None:
         known = {entry.mpp for entry in self._list.entries if entry.mpp is not None}
@@ -100,9 +107,10 @@ class Listed:
             f"{len(datasets)} datasets, seed {self._list.seed}"
         )
 
-    def _find(self, i: int) -> tuple[Source, int]:
+    def at(self, i: int) -> tuple[Source, int]:
+        """The source that holds tile i, and the tile's row there."""
         source, row = self._at[i].tolist()
-        return self._sources[source], row
+        return self.sources[source], row
 
     def _refuse_missing(self, places: dict[Key, list[tuple[int, int]]]) -> None:
         missing = [(e, row) for e, row in self._list.tiles() if _key(e, row) not in places]

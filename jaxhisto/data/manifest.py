@@ -29,6 +29,7 @@ from jaxhisto.runlog import write_atomically
 
 FORMAT = "jaxhisto-manifest-1"
 FIELDS = ("dataset", "slide", "mpp", "sha256", "rows")
+HEADER_MOST = 1 << 24  # bytes of a first line: far beyond what thousands of datasets take
 AGAIN = "draw again with `jaxhisto sample`"
 
 
@@ -132,6 +133,19 @@ def write_manifest(path: Path | str, manifest: Manifest) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     return manifest.hash
+
+
+def is_manifest(path: Path | str) -> bool:
+    """True for a file that says it is such a list; reading it verifies that."""
+    try:
+        with Path(path).open("rb") as file:
+            start = file.readline(HEADER_MOST)
+    except OSError:
+        return False
+    if not start.startswith(b"{"):
+        return False
+    header = _object(start)
+    return str((header or {}).get("format", "")).startswith(FORMAT.rstrip("0123456789"))
 
 
 def read_manifest(path: Path | str) -> Manifest:

@@ -45,7 +45,7 @@ class MaskFiles:
         ids = read_ids(path)
         if self.instances:
             return (ids > 0).astype(np.uint8)
-        found = np.unique(ids)
+        found = np.flatnonzero(np.bincount(ids.reshape(-1))) if ids.min() >= 0 else np.unique(ids)
         if self.classes == 2 and np.isin(found, (0, 255)).all():
             return (ids > 0).astype(np.uint8)
         wrong = found[(found < 0) | (found >= self.classes)]
@@ -53,8 +53,8 @@ class MaskFiles:
             more = f" and {len(wrong) - 1:,} other ids" if len(wrong) > 1 else ""
             raise StoreError(
                 f"{path}: has class id {wrong[0]}{more}, but there are {self.classes} classes "
-                f"(0 to {self.classes - 1}); name all classes, or pass --masks-are instances if "
-                "each object has a number of its own."
+                f"(0 to {self.classes - 1}); name all classes, or pass "
+                "--task.masks-are instances if each object has a number of its own."
             )
         return ids.astype(np.uint8)
 
@@ -86,8 +86,8 @@ class MaskFiles:
         return np.asarray(counts.sum(axis=0))
 
 
-def read_ids(path: Path) -> NDArray[np.int64]:
-    """The whole number of each pixel, (h, w) int64; of a palette file its index.
+def read_ids(path: Path) -> NDArray[np.integer]:
+    """The whole number of each pixel, (h, w) of the file's own type; of a palette its index.
 
     Raises:
       StoreError: no image, more than one number a pixel, or fractions.
@@ -99,7 +99,8 @@ def read_ids(path: Path) -> NDArray[np.int64]:
                 return _grey(path, np.asarray(image))
             if image.mode not in IDS:
                 raise StoreError(f"{path}: its pixels are {image.mode}; {SAVE}.")
-            return np.asarray(image).astype(np.int64)
+            ids = np.asarray(image)
+            return ids.astype(np.uint8) if ids.dtype == np.bool_ else ids
     except UnidentifiedImageError as error:
         raise StoreError(f"{path}: is no readable image; {SAVE}.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's, of damaged files
@@ -119,7 +120,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise StoreError(f"{path}: is no readable image; remove it.") from error
 
 
-def _grey(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _grey(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.integer]:
     """Ids that were saved as grey RGB; colours say nothing about classes."""
     colour = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., :1]
     if (colour != colour[..., :1]).any():
@@ -127,4 +128,4 @@ def _grey(path: Path, pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
             f"{path}: is a colour picture, of which nobody knows which colour is which class; "
             f"{SAVE}."
         )
-    return np.asarray(colour[..., 0], np.int64)
+    return np.asarray(colour[..., 0])

@@ -50,6 +50,7 @@ class Sample:
     manifest: Manifest
     paths: Sequence[str]
     left_out: Sequence[str]
+    doubts: Sequence[str] = ()
 
     def summary(self) -> list[str]:
         """The counts of each dataset as a table, what was left out, the total last."""
@@ -66,6 +67,7 @@ class Sample:
         return [
             *catalog.table_lines([head, *rows], right={2, 3, 4}),
             *(f"left out: {line}" for line in self.left_out),
+            *(f"note: {line}" for line in self.doubts),
             f"{len(self.manifest):,} tiles of {len(rows)} datasets, manifest "
             f"{self.manifest.hash[:12]}",
         ]
@@ -100,12 +102,17 @@ def sample(config: SampleConfig) -> Sample:
             f"{config.out}: the rule takes no tile of {sum(there.values()):,}; raise --percent or "
             "--minimum."
         )
-    used = sorted({slide.source for slide in slides})
+    drawn_of = {(slide.source, slide.dataset) for slide in slides}
+    used = sorted({source for source, _ in drawn_of})
     manifest = Manifest(
         rule={k: v for k, v in vars(config).items() if k not in NOT_RULE},
         seed=config.seed,
         sources=sorted(
-            (pool.sources[i] for i in used),
+            (
+                {key: value for key, value in record.items() if key != "source"}
+                for record in pool.sources
+                if (record["source"], record["dataset"]) in drawn_of
+            ),
             key=lambda s: (s["dataset"], s["kind"], s["hash"]),
         ),
         datasets=[
@@ -116,7 +123,8 @@ def sample(config: SampleConfig) -> Sample:
         entries=entries,
     )
     left_out += [f"{name}: {why}" for name, why in pool.dropped]
-    return Sample(manifest, [pool.paths[i] for i in used], left_out)
+    doubts = catalog.doubts(pool.datasets(), config.datasets)
+    return Sample(manifest, [pool.paths[i] for i in used], left_out, doubts)
 
 
 def check_rule(config: SampleConfig) -> None:

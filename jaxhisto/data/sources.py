@@ -11,9 +11,10 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from jaxhisto.data.features import Place
 from jaxhisto.data.folder_source import FolderSource
 from jaxhisto.data.image_source import matches
 from jaxhisto.data.images import ImageError, decode_jpeg
-from jaxhisto.data.store import TileStore, is_store
+from jaxhisto.data.store import TileStore, dataset_of, is_store
 from jaxhisto.errors import StoreError
 
 
@@ -118,6 +119,19 @@ class Tiles:
         more = len(self.sources) > 1
         return replace(place, name=f"{source.path.name}/{place.name}") if more else place
 
+    def origin(self, i: int) -> tuple[Source, int]:
+        """The store, folder or file that tile i is from, and its row there."""
+        source, row = self._find(i)
+        return source.at(row) if isinstance(source, Chosen) else (source, row)
+
+    def origins(self) -> list[Source]:
+        """All stores, folders and files, those behind a manifest too."""
+        return [
+            one
+            for source in self.sources
+            for one in (source.sources if isinstance(source, Chosen) else [source])
+        ]
+
     def mpp_range(self) -> tuple[float, float] | None:
         """Smallest and largest um/px over the stores; None without one. Few other sources
         state any."""
@@ -171,6 +185,16 @@ class Source(Protocol):
     def line(self) -> str: ...
 
 
+@runtime_checkable
+class Chosen(Protocol):
+    """A source of tiles that a list names, which other sources hold."""
+
+    sources: Sequence[Source]
+
+    def at(self, i: int) -> tuple[Source, int]:
+        """The source that holds tile i, and the tile's row there."""
+
+
 class StoreSource:
     """The tiles of a store whose slides are not excluded."""
 
@@ -187,11 +211,12 @@ class StoreSource:
                 "--data.stores or change --data.exclude."
             )
         self.canvas = (self._store.tile_px, self._store.tile_px)
-        # A store that says no um/px of level 0 was cut there.
+        # A store that says no um/px of level 0 was cut there. Rounded: a ratio of two nearly equal
+        # figures, times 224 px, need not be 224.
         self._spans = {
-            slide["id"]: self._store.tile_px
-            * slide["tile_mpp"]
-            / slide.get("mpp", slide["tile_mpp"])
+            slide["id"]: round(
+                self._store.tile_px * slide["tile_mpp"] / slide.get("mpp", slide["tile_mpp"]), 6
+            )
             for slide in self._store.manifest["slides"]
         }
         self.hash = self._store.hash
@@ -218,6 +243,10 @@ class StoreSource:
     def name(self, i: int) -> str:
         return f"{self.path}: tile {self._kept[i]} (slide {self._slides[self._kept[i]]})"
 
+    def row_in_store(self, i: int) -> int:
+        """The row of tile i among all of the store, excluded ones too."""
+        return self._kept[i]
+
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
         slide = self._slides[self._kept[i]]
         if at is None:
@@ -233,9 +262,12 @@ class StoreSource:
     def line(self) -> str:
         left_out = len(self._slides) - len(self)
         mpp = self.mpp_range()
+        manifest = self._store.manifest
+        datasets = {dataset_of(manifest, s) for s in manifest["slides"] if s["id"] in self.slides}
         return (
             f"{self.path}: store, {len(self):,} tiles of {len(self.slides)} slides"
-            f", {self.canvas[0]} px"
+            + (f" of {len(datasets)} datasets" if len(datasets) > 1 else "")
+            + f", {self.canvas[0]} px"
             + (f", {mpp[0]:g} to {mpp[1]:g} um/px" if mpp else "")
             + (f", {left_out:,} tiles excluded" if left_out else "")
         )

@@ -36,7 +36,9 @@ def task_split(task: Task, config: TaskConfig) -> Split:
     """
     if config.split:
         if config.test:
-            raise ConfigError("--split and --test both say what is tested on; name one of them.")
+            raise ConfigError(
+                "--task.split and --task.test both say what is tested on; name one of them."
+            )
         return read_split(config.split, task)
     if task.fixed is not None and not config.test:
         return task.fixed
@@ -81,12 +83,12 @@ def make_split(
         if test:
             raise StoreError(
                 f"{task.name}: test groups {few(test)} are named, but images have no group; name "
-                "--group or --group-pattern."
+                "--task.group or --task.group-pattern."
             )
-        parts = _by_image(task, labels, everything, whole, seed)
+        parts = by_image(task, labels, everything, whole, seed)
     else:
         parts = _by_group(task, labels, whole, seed, test, validation_by_image)
-    return checked_split(task, *parts, torn_validation=validation_by_image)
+    return checked_split(task, *parts, validation_by_image=validation_by_image)
 
 
 def checked_split(
@@ -95,13 +97,13 @@ def checked_split(
     validation: NDArray[np.int64],
     test: NDArray[np.int64],
     *,
-    torn_validation: bool = False,
+    validation_by_image: bool = False,
 ) -> Split:
     """These rows as a split, once it is one that can be trained, chosen and tested on.
 
     Raises:
       StoreError: a part is empty or lacks a class, a row is in two, or a group spans two parts
-        (where `torn_validation`, training and validation may share groups).
+        (where `validation_by_image`, training and validation may share groups).
     """
     rows = dict(zip(PARTS, (train, validation, test), strict=True))
     together = np.concatenate(list(rows.values()))
@@ -118,15 +120,16 @@ def checked_split(
             if absent:
                 raise StoreError(
                     f"{task.name}: the {part} part has no image of {few(absent)}; divide it "
-                    "otherwise (another --split-seed or --test), or leave the class out with "
-                    "--classes."
+                    "otherwise (another --task.split-seed or --task.test), add images, or leave "
+                    "the class out with --task.classes."
                 )
-    _refuse_torn(task, rows, torn_validation)
+    _refuse_torn(task, rows, validation_by_image)
     return Split(
         np.sort(train).astype(np.int64),
         np.sort(validation).astype(np.int64),
         np.sort(test).astype(np.int64),
         _sha256(task, rows),
+        validation_by_image,
     )
 
 
@@ -142,6 +145,7 @@ def write_split(path: str | Path, split: Split, task: Task, **facts: Any) -> Non
         "format": FORMAT,
         "task": task.name,
         "sha256": split.sha256,
+        "validation_by_image": split.validation_by_image,
         **facts,
         **{part: _names(task, split.part(part)) for part in PARTS},
     }
@@ -171,7 +175,7 @@ def read_split(path: str | Path, task: Task) -> Split:
     rows = [np.array([row[n] for n in content[part]], np.int64) for part in PARTS]
     try:
         split = checked_split(
-            task, *rows, torn_validation=bool(content.get("validation_by_image", False))
+            task, *rows, validation_by_image=bool(content.get("validation_by_image", False))
         )
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from error
@@ -225,17 +229,18 @@ def fraction(
     return np.sort(np.array(order[:taken], np.int64))
 
 
-def _by_image(
+def by_image(
     task: Task,
     labels: NDArray[np.int64],
     rows: NDArray[np.int64],
     shares: Sequence[int],
     seed: int,
 ) -> list[NDArray[np.int64]]:
-    """Rows in as many parts as shares, stratified by class."""
+    """Rows in as many parts as shares (whole numbers), ascending; of each class these shares."""
     parts: list[list[int]] = [[] for _ in shares]
     owed = [0] * len(shares)  # millionths of an image, over the classes so far
-    for c in np.unique(labels[rows]).tolist():
+    # By name, not by number: in which order the classes were asked for changes nothing.
+    for c in sorted(np.unique(labels[rows]).tolist(), key=lambda c: task.classes[c : c + 1]):
         drawn = _drawn(task.names, rows[labels[rows] == c].tolist(), f"split {seed}")
         for p, share in enumerate(shares):
             owed[p] += share * len(drawn)
@@ -279,7 +284,8 @@ def _by_group(
     unknown = [g for g in test if g not in counts]
     if unknown:
         raise StoreError(
-            f"{task.name}: no group {few(unknown)}; there is {few(sorted(counts))}; mend --test."
+            f"{task.name}: no group {few(unknown)}; there is {few(sorted(counts))}; mend "
+            "--task.test."
         )
     wanted = {"train": shares[0], "validation": shares[1], "test": shares[2]}
     if validation_by_image:
@@ -292,7 +298,7 @@ def _by_group(
         remedy = (
             "divide it by image"
             if validation_by_image
-            else "pass --validation-by-image, which keeps the test clean"
+            else "pass --task.validation-by-image, which keeps the test clean"
         )
         raise StoreError(
             f"{task.name}: {len(free)} groups{also} cannot make {len(wanted)} parts "
@@ -303,7 +309,7 @@ def _by_group(
     found = np.array([part_of[g] for g in task.groups])
     rows = {part: np.flatnonzero(found == part) for part in PARTS}
     if validation_by_image:
-        rows["train"], rows["validation"] = _by_image(task, labels, rows["train"], shares[:2], seed)
+        rows["train"], rows["validation"] = by_image(task, labels, rows["train"], shares[:2], seed)
     return [rows[part] for part in PARTS]
 
 

@@ -1,13 +1,17 @@
-"""The tile store, read: a folder of ArrayRecord parts, one a slide, under a manifest.
+"""The tile store, read: a folder of ArrayRecord shards, many slides in each, under a manifest.
 
-    STORE/manifest.json                              what is in it, with a hash; written last
-    STORE/NAME-train.array_record-00000-of-00003     tiles of one slide, in the order drawn
-    STORE/dataset_info.json, features.json           make it a TFDS dataset
-    STORE/report.html, report/                       for people
-    STORE/unfinished/                                only while `jaxhisto tile` is at work
+    STORE/manifest.json                                     what is in it, with a hash; written last
+    STORE/NAME-train-DIGEST.array_record-00000-of-00003     the tiles of some slides, slide by slide
+    STORE/dataset_info.json, features.json                  make it a TFDS dataset
+    STORE/report.html, report/                              for people
+    STORE/stamps.json                                       tells `jaxhisto tile` unchanged slides
+    STORE/unfinished/                                       only while `jaxhisto tile` is at work
 
 `tfds.builder_from_directory(STORE).as_data_source(split="train")` reads the same folder. A folder
-without manifest.json is not a store, whatever else is in it.
+without manifest.json is not a store, whatever else is in it. The manifest lists the shards (file,
+tiles, bytes, sha256) and the slides; a slide's entry says which shard it is in, from which row on,
+how many tiles it has, and under `part` the sums of its tiles as they were cut. The first format had
+one file a slide, named under `part`; it is still read.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +30,8 @@ from jaxhisto.errors import StoreError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
-FORMAT = "jaxhisto-tiles-1"
-OPEN_PARTS = 128  # readers kept open: each holds a file descriptor, of which a process has 1024
+FORMAT, FIRST_FORMAT = "jaxhisto-tiles-2", "jaxhisto-tiles-1"
+OPEN_SHARDS = 256  # readers kept open: each holds a file descriptor, of which a process has 1024
 
 
 class TileStore:
@@ -37,7 +42,7 @@ class TileStore:
       manifest: the whole manifest.
       hash: its hash; two stores with the same one hold the same bytes.
       tile_px: side of the tiles in pixels.
-      dataset: name of the dataset.
+      dataset: name of the dataset, or of the whole where each slide has its own (`dataset_of`).
     """
 
     def __init__(self, path: Path | str, verify: bool = True) -> None:
@@ -45,10 +50,10 @@ class TileStore:
 
         Args:
           path: the folder.
-          verify: check size and sha256 of every part; False checks the sizes only.
+          verify: check size and sha256 of every shard; False checks the sizes only.
 
         Raises:
-          StoreError: not a store, unfinished, edited, or a part is missing or damaged.
+          StoreError: not a store, unfinished, edited, or a shard is missing or damaged.
         """
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
@@ -57,11 +62,16 @@ class TileStore:
         self.dataset: str = self.manifest["dataset"]
         self._slides: list[dict[str, Any]] = self.manifest["slides"]
         self._ends = list(itertools.accumulate(slide["tiles"] for slide in self._slides))
-        files = [self.path / slide["part"]["file"] for slide in self._slides]
+        shards = shards_of(self.manifest)
+        self._files = [self.path / shard["file"] for shard in shards]
+        first = self.manifest["format"] == FIRST_FORMAT
+        self._places = [
+            (i, 0) if first else (s["shard"], s["row"]) for i, s in enumerate(self._slides)
+        ]
         # Taken before the sums: what is edited meanwhile is seen at the first read.
-        self._seen = [_identity(file) for file in files]
-        for file, slide in zip(files, self._slides, strict=True):
-            check_part(file, slide["part"], deep=verify)
+        self._seen = [_identity(file) for file in self._files]
+        for file, shard in zip(self._files, shards, strict=True):
+            check_part(file, shard, deep=verify)
         self._reset()
 
     def __len__(self) -> int:
@@ -72,24 +82,24 @@ class TileStore:
 
         Raises:
           IndexError: i is not in [-len, len).
-          StoreError: the record cannot be read, or its part changed since the store was opened.
+          StoreError: the record cannot be read, or its shard changed since the store was opened.
         """
         index = range(len(self))[i]
-        part = bisect.bisect_right(self._ends, index)
-        slide = self._slides[part]
-        row = index - self._ends[part] + slide["tiles"]
+        at = bisect.bisect_right(self._ends, index)
+        slide, (shard, start) = self._slides[at], self._places[at]
+        row = start + index - self._ends[at] + slide["tiles"]
         try:
-            tile = _decoded(self._reader(part).read([row])[0])
+            tile = _decoded(self._reader(shard).read([row])[0])
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise StoreError(
-                f"{self.path / slide['part']['file']}: tile {row} cannot be read ({error}); cut "
-                "the slides again into a new store"
+                f"{self._files[shard]}: tile {row} cannot be read ({error}); cut the slides again "
+                "into a new store"
             ) from error
         # After reading: a change before it is seen too. Two microseconds beside decoding.
-        if _identity(self.path / slide["part"]["file"]) != self._seen[part]:
+        if _identity(self._files[shard]) != self._seen[shard]:
             raise StoreError(
-                f"{self.path / slide['part']['file']}: changed or vanished since the run opened it "
-                f"(tile {row}); put the file back as it was, or start a new run"
+                f"{self._files[shard]}: changed or vanished since the run opened it (tile {row}); "
+                "put the file back as it was, or start a new run"
             )
         # The record holds it as float32; the manifest as it was stated.
         return {**tile, "mpp": slide["tile_mpp"]}
@@ -115,18 +125,25 @@ class TileStore:
         self._lock = threading.Lock()
         self._readers: OrderedDict[int, Any] = OrderedDict()
 
-    def _reader(self, part: int) -> Any:
-        """The part's reader, opened on first use; the longest unused one is let go."""
+    def _reader(self, shard: int) -> Any:
+        """The shard's reader, opened on first use; the longest unused one is let go."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._lock:
-            if part not in self._readers:
-                file = self.path / self._slides[part]["part"]["file"]
-                self._readers[part] = ArrayRecordReader(str(file))
-            self._readers.move_to_end(part)
-            if len(self._readers) > OPEN_PARTS:
+            if shard not in self._readers:
+                # For single records: without threads and read-ahead of its own.
+                self._readers[shard] = ArrayRecordReader(
+                    str(self._files[shard]), "readahead_buffer_size:0,max_parallelism:0"
+                )
+            self._readers.move_to_end(shard)
+            if len(self._readers) > OPEN_SHARDS:
                 self._readers.popitem(last=False)
-            return self._readers[part]
+            return self._readers[shard]
+
+
+def dataset_of(manifest: Mapping[str, Any], slide: Mapping[str, Any]) -> str:
+    """The dataset of a slide by its manifest entry: its own, or the whole store's."""
+    return str(slide.get("dataset") or manifest["dataset"])
 
 
 def is_store(path: Path | str) -> bool:
@@ -149,7 +166,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise StoreError(f"{file}: cannot be read ({error}); cut the slides again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, FIRST_FORMAT):
         raise StoreError(f"{file}: is not a {FORMAT} manifest; cut the slides with this version")
     if manifest.get("hash") != manifest_hash(manifest):
         raise StoreError(
@@ -166,8 +183,28 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def shards_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """{file, tiles, bytes, sha256} of each ArrayRecord file of a store, of either format."""
+    if manifest["format"] == FIRST_FORMAT:
+        return [{**slide["part"], "tiles": slide["tiles"]} for slide in manifest["slides"]]
+    return list(manifest["shards"])
+
+
+def grouped(manifest: dict[str, Any]) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """The slides of each shard, in their order in it, and what the manifest says of the shard."""
+    shards = shards_of(manifest)
+    groups: list[list[dict[str, Any]]] = [[] for _ in shards]
+    for i, slide in enumerate(manifest["slides"]):
+        groups[slide.get("shard", i)].append(slide)
+    return list(zip(groups, shards, strict=True))
+
+
 def check_part(file: Path, part: dict[str, Any], deep: bool = True) -> None:
-    """Compares a part with its entry: size, and sha256 where `deep`; StoreError if it differs."""
+    """Compares a part or shard with its entry: size, and sha256 where `deep`.
+
+    Raises:
+      StoreError: it differs, or is not there.
+    """
     if not file.is_file():
         raise StoreError(f"{file}: is missing; restore it, or cut the slides again")
     if file.stat().st_size != part["bytes"] or (deep and file_hash(file) != part["sha256"]):

@@ -1,22 +1,20 @@
-"""The tile store, written: parts first, the manifest last.
+"""The tile store, written: parts first, then shards, the manifest last.
 
 Everything is written into STORE/unfinished under temporary names and renamed when whole; what a
 stopped run leaves there is taken up by the next one, slide by slide. An existing store stays valid
-until the moment its parts are renamed, and a stop in between is undone at the next start.
+until its successor is whole and takes over with one rename, that of the manifest.
 """
 
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,18 +24,39 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.data.compaction import RecordSum, plan
+from jaxhisto.data.durable import settle, sync, temporary_name, write_file, writing
+from jaxhisto.data.held import (
+    STAMPS,
+    Held,
+    Shard,
+    bare,
+    part_file,
+    place,
+    read_json,
+    record_file,
+    slide_key,
+    staged_shard,
+)
 from jaxhisto.data.store import (
     FORMAT,
     MANIFEST,
     UNFINISHED,
-    check_part,
     file_hash,
+    grouped,
     manifest_hash,
     read_manifest,
+    shards_of,
 )
+from jaxhisto.data.tfds_format import METADATA, serialised, shard_file, tfds_name, write_metadata
 from jaxhisto.errors import StoreError
 
-OLD, NEW, SETTINGS, LOCK = "manifest.old.json", "manifest.new.json", "settings.json", "lock"
+__all__ = [
+    "StoreWriter", "Tile", "encode_jpeg", "slide_key", "tfds_name", "write_file", "write_part",
+    "write_record",
+]  # fmt: skip
+
+NEW, SETTINGS, LOCK = "manifest.new.json", "settings.json", "lock"
 SAMPLING = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,
@@ -66,25 +85,21 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int, subsampling: str) -> bytes
     return cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
-def slide_key(slide: str) -> str:
-    """A file name for a slide id, which may hold slashes and be of any length."""
-    return hashlib.sha256(slide.encode()).hexdigest()[:20]
-
-
 def write_part(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, Any]:
     """Writes one slide's part into STORE/unfinished, whole or not at all.
 
     Returns:
-      {bytes, sha256, tiles}; {tiles: 0} and no file when there was no tile.
+      {bytes, sha256, records, tiles}, of which sha256 is the file's and records the `RecordSum`;
+      {tiles: 0} and no file when there was no tile.
 
     Raises:
       StoreError: the output cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    final = store / UNFINISHED / f"{slide_key(slide)}.array_record"
-    temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-    count = 0
+    final = part_file(store, slide)
+    temporary = temporary_name(final)
+    count, total = 0, RecordSum()
     writer: Any = None
     try:
         for tile in tiles:
@@ -92,50 +107,27 @@ def write_part(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, Any]
                 with writing(store):
                     # One record a group: a tile is read without its neighbours.
                     writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            record = serialised(vars(tile))
+            total.add(record)
             with writing(store):
-                writer.write(_serialised(tile))
+                writer.write(record)
             count += 1
         if writer is None:
             return {"tiles": 0}
         with writing(store):
             writer.close()
             part = {"bytes": temporary.stat().st_size, "sha256": file_hash(temporary)}
-            os.replace(temporary, final)
-        return {**part, "tiles": count}
+            sync(temporary)
+            os.replace(temporary, final)  # `write_record` makes the name durable, with its own
+        return {**part, "records": total.hexdigest(), "tiles": count}
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def write_file(store: Path, file: Path, text: str) -> None:
-    """Writes text under a temporary name and renames it; StoreError if the disk refuses."""
-    with writing(store):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def write_record(store: Path, record: dict[str, Any]) -> None:
     """Marks a slide as finished: its manifest entry, beside its part."""
-    file = store / UNFINISHED / f"{slide_key(record['id'])}.json"
-    write_file(store, file, json.dumps(record, indent=1))
-
-
-@contextmanager
-def writing(store: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a StoreError with a remedy."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # ArrayRecord reports a full disk as RuntimeError
-        why = error.strerror if isinstance(error, OSError) else str(error).split(";")[0]
-        raise StoreError(
-            f"{store}: cannot be written ({why}); free space or rights there and run the same "
-            "command again, or choose another --out"
-        ) from error
+    write_file(store, record_file(store, record["id"]), json.dumps(record, indent=1))
 
 
 class StoreWriter:
@@ -170,11 +162,12 @@ class StoreWriter:
             self._lock.close()
             raise StoreError(f"{self.path}: another run is writing it; wait for it") from error
         try:
-            self._recover()
             if (self.path / MANIFEST).is_file():
                 self.manifest = read_manifest(self.path)
+            self._recover()
             self._refuse_other_settings()
             write_file(self.path, self.work / SETTINGS, json.dumps(self.settings, indent=1))
+            self._held = Held(self.path, self.manifest)
         except BaseException:
             self._leave()
             raise
@@ -189,14 +182,20 @@ class StoreWriter:
         self._leave()
 
     def finished(self, slide: str) -> dict[str, Any] | None:
-        """The manifest entry of a slide whose part is whole, from this store or a stopped run."""
-        record = _read_json(self.work / f"{slide_key(slide)}.json")
-        if record and self._whole(self.work / f"{slide_key(slide)}.array_record", record):
-            return record
-        entry = next(
-            (s for s in (self.manifest or {"slides": []})["slides"] if s["id"] == slide), None
-        )
-        return entry if entry and self._whole(self.path / entry["part"]["file"], entry) else None
+        """The manifest entry of a slide whose tiles are whole, from this store or a stopped run,
+        with the `stamp` of its file where that is known."""
+        held = self._held
+        for entry, stamp in (
+            (record := held.record(slide), (record or {}).get("stamp")),
+            (held.listed.get(slide), held.stamps.get(slide)),
+        ):
+            if entry and held.rows(entry):
+                return bare(entry) | ({"stamp": stamp} if stamp else {})
+        return None
+
+    def stored_bytes(self) -> int:
+        """Size of the finished store's tiles; 0 where there is none."""
+        return sum(shard["bytes"] for shard in shards_of(self.manifest)) if self.manifest else 0
 
     def finish(
         self,
@@ -204,45 +203,70 @@ class StoreWriter:
         facts: dict[str, Any],
         report: Callable[[dict[str, Any]], str],
     ) -> dict[str, Any]:
-        """Makes the folder a store of exactly these slides.
+        """Makes the folder a store of exactly these slides; a stop at any moment leaves the old
+        store valid, or the new one, and every finished slide.
 
         Args:
-          records: manifest entries in the order of the parts.
+          records: manifest entries in the order of the tiles; a `stamp` is kept beside them.
           facts: what else the manifest says (dataset, tile_px, failures, code_version).
           report: manifest -> report.html.
 
         Returns:
           The manifest written.
         """
+        groups = plan([bare(record) for record in records])
+        shards = [self._held.shard(group) for group in groups]
         name = tfds_name(facts["dataset"])
-        entries = [
-            {
-                **r,
-                "part": {
-                    **r["part"],
-                    "file": f"{name}-train.array_record-{i:05d}-of-{len(records):05d}",
-                },
-            }
-            for i, r in enumerate(records)
-        ]
+        # Other content has other names: the old shards stay where they are until the new ones are
+        # a store, and whoever has them open reads on.
+        digest = hashlib.sha256("".join(shard.sha256 for shard in shards).encode()).hexdigest()[:12]
         manifest = {"format": FORMAT, **facts, "settings": self.settings}
-        manifest |= {"tiles": sum(e["tiles"] for e in entries), "slides": entries}
+        manifest |= {
+            "tiles": sum(shard.tiles for shard in shards),
+            "shards": [
+                {
+                    "file": shard_file(name, digest, i, len(shards)),
+                    "tiles": shard.tiles,
+                    "bytes": shard.bytes,
+                    "sha256": shard.sha256,
+                }
+                for i, shard in enumerate(shards)
+            ],
+            "slides": [e for i, shard in enumerate(shards) for e in shard.entries(groups[i], i)],
+        }
         manifest["hash"] = manifest_hash(manifest)
-        nothing_new = not any(self.work.glob("*.array_record"))
-        if nothing_new and self.manifest and manifest["hash"] == self.manifest["hash"]:
-            return manifest
+        mended = any(shard.file.parent == self.work for shard in shards)
+        if mended or not self.manifest or manifest["hash"] != self.manifest["hash"]:
+            self._switch(manifest, shards, (name, digest), report)
+            self.manifest = manifest
+        stamps = {record["id"]: record["stamp"] for record in records if "stamp" in record}
+        if stamps != self._held.stamps:
+            write_file(self.path, self.path / STAMPS, json.dumps(stamps, indent=1))
+        self._drop_stale()
+        return manifest
+
+    def _switch(
+        self,
+        manifest: dict[str, Any],
+        shards: list[Shard],
+        names: tuple[str, str],
+        report: Callable[[dict[str, Any]], str],
+    ) -> None:
+        """Puts the new shards beside the old ones, then the new manifest in the old one's place."""
         write_file(self.path, self.work / NEW, json.dumps(manifest, indent=1))
         with writing(self.path):
-            self._retire()
-            for entry in entries:
-                os.replace(self._staged(entry), self.path / entry["part"]["file"])
-            _write_tfds_metadata(self.path, name, entries)
+            for shard, said in zip(shards, manifest["shards"], strict=True):
+                place(shard.file, self.path / said["file"])
+            metadata = self.work / "tfds"
+            shutil.rmtree(metadata, ignore_errors=True)
+            metadata.mkdir()
+            write_metadata(metadata, *names, manifest["shards"], len(manifest["slides"]))
+            for file in METADATA:
+                settle(metadata / file, self.path / file)
         write_file(self.path, self.path / "report.html", report(manifest))
         with writing(self.path):
             os.replace(self.work / NEW, self.path / MANIFEST)
-        self._drop_stale(entries)
-        self.manifest = manifest
-        return manifest
+            sync(self.path)
 
     def _refuse_foreign(self) -> None:
         try:
@@ -258,7 +282,7 @@ class StoreWriter:
 
     def _refuse_other_settings(self) -> None:
         started = any(self.work.glob("*.array_record"))
-        theirs = self.manifest["settings"] if self.manifest else _read_json(self.work / SETTINGS)
+        theirs = self.manifest["settings"] if self.manifest else read_json(self.work / SETTINGS)
         if not theirs or theirs == self.settings or not (self.manifest or started):
             return
         keys = sorted(theirs.keys() | self.settings.keys())
@@ -273,123 +297,56 @@ class StoreWriter:
         )
 
     def _recover(self) -> None:
-        """Undoes a `finish` that was stopped between its renames."""
-        if (self.work / OLD).is_file():
-            self._unmake(self.work / OLD)
-        elif (self.work / NEW).is_file() and not (self.path / MANIFEST).is_file():
-            self._unmake(self.work / NEW)
+        """Undoes a `finish` that was stopped before its manifest, tidies up after one that was
+        stopped behind it."""
+        new = read_json(self.work / NEW)
+        ours = {shard["file"] for shard in shards_of(self.manifest)} if self.manifest else set()
+        for group, said in grouped(new) if new else ():
+            file, staged = self.path / said["file"], staged_shard(self.path, group)
+            if said["file"] in ours or not file.is_file():
+                continue
+            if staged.with_suffix(".json").is_file() and not staged.is_file():
+                os.replace(file, staged)
+            else:
+                file.unlink()
         (self.work / NEW).unlink(missing_ok=True)
         for stale in self.work.glob("*.tmp"):
             stale.unlink(missing_ok=True)
+        if self.manifest:
+            self._drop_shards()
 
-    def _retire(self) -> None:
-        """Takes the present store apart: from here until the new manifest there is none."""
-        if (self.path / MANIFEST).is_file():
-            os.replace(self.path / MANIFEST, self.work / OLD)
-            self._unmake(self.work / OLD)
+    def _drop_shards(self) -> None:
+        """Deletes the shards of the store that was here before."""
+        ours = {shard["file"] for shard in shards_of(self.manifest)} if self.manifest else set()
+        for file in self.path.glob("*-train*.array_record-*-of-*"):
+            if file.name not in ours:
+                file.unlink(missing_ok=True)
 
-    def _unmake(self, manifest: Path) -> None:
-        """Moves the parts a manifest names back to `unfinished`, unless newer ones are there."""
-        for entry in (_read_json(manifest) or {"slides": []})["slides"]:
-            final, staged = self.path / entry["part"]["file"], self._staged(entry)
-            if final.is_file() and not staged.is_file():
-                os.replace(final, staged)
-                write_record(self.path, entry)
-            final.unlink(missing_ok=True)
-        manifest.unlink()
-
-    def _staged(self, entry: dict[str, Any]) -> Path:
-        return self.work / f"{slide_key(entry['id'])}.array_record"
-
-    @staticmethod
-    def _whole(file: Path, record: dict[str, Any]) -> bool:
-        try:
-            check_part(file, record["part"])
-        except StoreError:
-            return False
-        return True
-
-    def _drop_stale(self, entries: list[dict[str, Any]]) -> None:
-        keep = {slide_key(entry["id"]) for entry in entries}
+    def _drop_stale(self) -> None:
+        keep = {slide_key(entry["id"]) for entry in (self.manifest or {"slides": []})["slides"]}
         for fragment in (self.path / "report").glob("*.html"):
-            if fragment.stem not in keep:
+            # Other names are those of the datasets' pages.
+            if re.fullmatch(r"[0-9a-f]{20}", fragment.stem) and fragment.stem not in keep:
                 fragment.unlink(missing_ok=True)
-        for part in self.work.iterdir():
-            if part.name != LOCK:
+        self._drop_shards()
+        # What is known of a slide goes after its tiles, which it tells whole from half-written.
+        for part in sorted(self.work.iterdir(), key=lambda p: p.suffix == ".json"):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            elif part.name != LOCK:
                 part.unlink(missing_ok=True)
 
     def _leave(self) -> None:
         """Lets go; leaves no trace where nothing was begun."""
-        begun = any(self.work.glob("*.array_record")) or (self.work / NEW).exists()
-        if not begun:
-            shutil.rmtree(self.work, ignore_errors=True)
-            if self.manifest is None:
-                shutil.rmtree(self.path / "report", ignore_errors=True)
-            if self._made:
-                with suppress(OSError):  # not empty: it has become a store
-                    self.path.rmdir()
-        if self._lock:
-            self._lock.close()
-
-
-def tfds_name(dataset: str) -> str:
-    """A dataset name as TFDS allows it: letters, digits, underscores, a letter first."""
-    name = re.sub(r"\W+", "_", dataset, flags=re.ASCII).strip("_").lower()
-    return name if re.match(r"[a-z]", name) else f"tiles_{name}".rstrip("_")
-
-
-@functools.cache
-def _tfds() -> tuple[Any, Any]:
-    """The features of a store and their serialiser; importing TFDS takes half a second."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import example_serializer
-
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-            "slide": tfds.features.Text(),
-            "dataset": tfds.features.Text(),
-            "x": np.int64,
-            "y": np.int64,
-            "mpp": np.float32,
-            "mpp_source": tfds.features.Text(),
-        }
-    )
-    return features, example_serializer.ExampleSerializer(features.get_serialized_info())
-
-
-def _serialised(tile: Tile) -> bytes:
-    features, serializer = _tfds()
-    # TFDS stores the bytes of a file object as they are; from an array it would need TensorFlow.
-    example = features.encode_example({**vars(tile), "image": io.BytesIO(tile.image)})
-    # Deterministic: a protobuf map has another order in each process, and so would the part's hash.
-    return bytes(serializer.get_tf_example(example).SerializeToString(deterministic=True))
-
-
-def _write_tfds_metadata(path: Path, name: str, entries: list[dict[str, Any]]) -> None:
-    import tensorflow_datasets as tfds
-
-    for stale in ("dataset_info.json", "features.json"):
-        (path / stale).unlink(missing_ok=True)
-    split = tfds.core.SplitInfo(
-        name="train",
-        shard_lengths=[entry["tiles"] for entry in entries],
-        num_bytes=sum(entry["part"]["bytes"] for entry in entries),
-        filename_template=tfds.core.ShardedFileTemplate(
-            dataset_name=name, data_dir=path, split="train", filetype_suffix="array_record"
-        ),
-    )
-    # check_data would read through TensorFlow.
-    tfds.folder_dataset.write_metadata(
-        data_dir=str(path), features=_tfds()[0], split_infos=[split], check_data=False,
-        description=f"Tiles of {len(entries)} slides, written by jaxhisto.",
-    )  # fmt: skip
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file, or None where there is none or it was cut off."""
-    try:
-        value = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        try:
+            begun = any(self.work.glob("*.array_record")) or (self.work / NEW).exists()
+            if not begun:
+                shutil.rmtree(self.work, ignore_errors=True)
+                if self.manifest is None:
+                    shutil.rmtree(self.path / "report", ignore_errors=True)
+                if self._made:
+                    with suppress(OSError):  # not empty: it has become a store
+                        self.path.rmdir()
+        finally:
+            if self._lock:
+                self._lock.close()

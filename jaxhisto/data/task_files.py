@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled
 from jaxhisto.data.masks import MaskFiles, image_size
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.data.tasks import Task
+from jaxhisto.data.windows import WindowedImages, WindowedMasks, grid
 from jaxhisto.downstream_config import TaskConfig
 from jaxhisto.errors import ConfigError, StoreError
 
@@ -29,11 +31,15 @@ def open_files(config: TaskConfig) -> Task:
     """
     named = [f for f in ("masks", "target", "label") if getattr(config, f)]
     if len(named) > 1:
-        raise ConfigError(f"--{named[0]} and --{named[1]} are two tasks; name one of them.")
+        raise ConfigError(
+            f"--task.{named[0]} and --task.{named[1]} are two tasks; name one of them."
+        )
     if config.group and config.group_pattern:
-        raise ConfigError("--group and --group-pattern both say what a group is; name one.")
+        raise ConfigError(
+            "--task.group and --task.group-pattern both say what a group is; name one."
+        )
     if config.window and not config.masks:
-        raise ConfigError("--window cuts images with masks; drop it, or name --masks.")
+        raise ConfigError("--task.window cuts images with masks; drop it, or name --task.masks.")
     if config.masks:
         return _segmentation(config)
     return _regression(config) if config.target else _classification(config)
@@ -51,29 +57,34 @@ def pattern_groups(names: Sequence[str], pattern: str) -> tuple[str, ...] | None
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"--group-pattern {pattern!r}: {error}; mend it.") from error
+        raise ConfigError(f"--task.group-pattern {pattern!r}: {error}; mend it.") from error
     if not expression.groups:
-        raise ConfigError(f"--group-pattern {pattern!r}: put ( ) around what names the group.")
+        raise ConfigError(f"--task.group-pattern {pattern!r}: put ( ) around what names the group.")
     found = [expression.search(name) for name in names]
     missed = [n for n, match in zip(names, found, strict=True) if not match or not match[1]]
     if missed:
         raise StoreError(
-            f"--group-pattern {pattern!r}: gives no group of {len(missed):,} images "
+            f"--task.group-pattern {pattern!r}: gives no group of {len(missed):,} images "
             f"({few(missed)}); make it match every name."
         )
     return tuple(match[1] for match in found if match)
 
 
-def labelled_task(name: str, found: Labelled, pattern: str = "") -> Task:
-    """A set with classes as a task."""
+def labelled_task(
+    name: str,
+    found: Labelled,
+    groups: tuple[str, ...] | None = None,
+    notes: Sequence[str] = (),
+) -> Task:
+    """A set with classes as a task; `groups` where the set names none itself."""
     return Task(
         name,
         "classification",
         NamedImages(found.folder, found.names),
         found.labels,
         found.classes,
-        found.groups or pattern_groups(found.names, pattern),
-        notes=tuple(line.strip() for line in found.summary().split("\n")[1:]),
+        found.groups or groups,
+        notes=(*notes, *(line.strip() for line in found.summary().split("\n")[1:])),
     )
 
 
@@ -109,14 +120,18 @@ def _classification(config: TaskConfig) -> Task:
         file=config.file,
         classes=config.classes,
     )
-    return labelled_task(_name(config), found, config.group_pattern)
+    return labelled_task(_name(config), found, pattern_groups(found.names, config.group_pattern))
 
 
 def _regression(config: TaskConfig) -> Task:
     if not config.labels:
-        raise ConfigError(f"--target {config.target} is a column; name its CSV file by --labels.")
+        raise ConfigError(
+            f"--task.target {config.target} is a column; name its CSV file by --task.labels."
+        )
     if config.classes:
-        raise ConfigError("--classes belongs to labels and masks; drop it for a regression task.")
+        raise ConfigError(
+            "--task.classes belongs to labels and masks; drop it for a regression task."
+        )
     folder, table = _folder(config.data), Path(config.labels).expanduser()
     there = image_names(folder)
     rows = label_rows(table, folder, config.file, config.target, config.group)
@@ -161,7 +176,9 @@ def _segmentation(config: TaskConfig) -> Task:
     groups = pattern_groups(names, config.group_pattern)
     if config.group:
         if not config.labels:
-            raise ConfigError(f"--group {config.group} is a column; name its CSV file by --labels.")
+            raise ConfigError(
+                f"--task.group {config.group} is a column; name its CSV file by --task.labels."
+            )
         table = Path(config.labels).expanduser()
         rows = label_rows(table, folder, config.file, config.group, config.group)
         none = [n for n in names if not rows.get(n, ("", ""))[1]]
@@ -175,10 +192,12 @@ def _segmentation(config: TaskConfig) -> Task:
     classes = config.classes or FOREGROUND
     if len(classes) < 2 or (instances and len(classes) != 2) or len(classes) > 256:
         raise ConfigError(
-            f"--classes names {len(classes)}; masks need a name for each id, two for instances."
+            f"--task.classes names {len(classes)}; masks need a name for each id, two for "
+            "instances."
         )
     files = MaskFiles(tuple(masks / found[_stem(n)] for n in names), len(classes), instances)
-    pixels = files.check([image_size(folder / n) for n in names])
+    sizes = [image_size(folder / n) for n in names]
+    pixels = files.check(sizes)
     shares = ", ".join(
         f"{c} {p / pixels.sum():.1%}" for c, p in zip(classes, pixels.tolist(), strict=True)
     )
@@ -187,7 +206,7 @@ def _segmentation(config: TaskConfig) -> Task:
             f"{masks}: all pixels are {classes[int(pixels.argmax())]}; check the masks, and which "
             "ids they hold."
         )
-    return Task(
+    task = Task(
         _name(config),
         "segmentation",
         NamedImages(folder, tuple(names)),
@@ -195,6 +214,21 @@ def _segmentation(config: TaskConfig) -> Task:
         tuple(classes),
         groups,
         notes=(f"pixels: {shares}", *notes),
+    )
+    return windowed(task, sizes, config.window) if config.window else task
+
+
+def windowed(task: Task, sizes: Sequence[tuple[int, int]], side: int) -> Task:
+    """A segmentation task in windows; without groups an image is one, so that none is torn."""
+    windows, lost = grid(task.names, sizes, side)
+    groups = dict(zip(task.names, task.groups or task.names, strict=True))
+    return replace(
+        task,
+        images=WindowedImages(task.images, windows, side),
+        targets=WindowedMasks(task.masks, task.names, windows, side),
+        groups=tuple(groups[w.source] for w in windows),
+        windows=windows,
+        notes=(*task.notes, f"{lost:.1%} of the pixels, at edges, in no window"),
     )
 
 

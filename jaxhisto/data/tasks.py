@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.named_images import Images, centre_mask, load_squares
 from jaxhisto.downstream_config import TaskConfig
-from jaxhisto.errors import StoreError
+from jaxhisto.errors import ConfigError, StoreError
 
 Kind = Literal["classification", "regression", "segmentation"]
 Rows = Sequence[int] | NDArray[np.int64]
+OWN_FILES = ("labels", "label", "target", "masks", "group", "group_pattern")  # layout auto
 PARTS = ("train", "validation", "test")
 
 
@@ -44,12 +45,14 @@ class Split:
     """The rows of a task in three parts, (n,) int64 each, ascending; nothing is in two.
 
     `sha256` is that of the names in each part: equal for equal splits, however rows are ordered.
+    `validation_by_image` allows training and validation, never the test, to share groups.
     """
 
     train: NDArray[np.int64]
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
     sha256: str
+    validation_by_image: bool = False
 
     def part(self, name: str) -> NDArray[np.int64]:
         """One of `PARTS`."""
@@ -124,6 +127,10 @@ class Task:
             raise TypeError(f"{self.name} is a {self.kind} task: it has no masks")
         return cast("Masks", self.targets)
 
+    def with_split(self, split: Split) -> Task:
+        """The same task with a split of its own."""
+        return replace(self, fixed=split)
+
     def load(self, rows: Rows, side: int, threads: int = 0) -> NDArray[np.uint8]:
         """These images, (n, side, side, 3) uint8 RGB, in the order of `rows`.
 
@@ -179,11 +186,19 @@ def open_task(config: TaskConfig) -> Task:
       StoreError: what they name is not there, or not as it should be.
     """
     if not config.data:
-        raise StoreError("no images are named; pass the folder of the task with --data.")
+        raise StoreError("no images are named; pass the folder of the task with --task.data.")
     if config.layout == "auto":
         from jaxhisto.data.task_files import open_files  # the readers build on this module
 
-        return open_files(config)
-    from jaxhisto.data.published_sets import READERS
+        task = open_files(config)
+    else:
+        from jaxhisto.data.published_sets import READERS
 
-    return READERS[config.layout](config)
+        for name in OWN_FILES:
+            if getattr(config, name):
+                raise ConfigError(
+                    f"--task.{name.replace('_', '-')} is for files of one's own; drop it, "
+                    f"{config.layout} has a form of its own."
+                )
+        task = READERS[config.layout](config)
+    return replace(task, groups=None) if config.split_by == "image" else task

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from jaxhisto import __version__
 from jaxhisto.console import say, warn
-from jaxhisto.data.features import PARTIAL, Features, FeatureWriter, write_per_slide
+from jaxhisto.data.features import PARTIAL, Features, FeatureWriter
+from jaxhisto.data.per_slide import write_per_slide
 from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.downstream.encoders import Encoder, encoder_of, make_features
@@ -30,13 +31,14 @@ IN_FLIGHT = 2  # blocks on the devices at a time: one computes while the next on
 
 @dataclass(frozen=True)
 class Embedded:
-    """What `embed` left behind: the file, its rows and width, rows of an earlier start, files of
-    single slides."""
+    """What `embed` left behind: the file, its rows and width, rows of an earlier start, whether
+    they are of slides, files of single slides."""
 
     out: Path
     rows: int
     width: int
     earlier: int
+    of_slides: bool
     per_slide: tuple[Path, ...] = ()
 
 
@@ -65,6 +67,8 @@ def embed(config: EmbedConfig) -> Embedded:
     earlier = len(tiles)
     if out.exists():
         _refuse_other(out, identity, len(tiles))
+        # A kill after the file had got its name left the rows.
+        shutil.rmtree(out.with_name(out.name + PARTIAL), ignore_errors=True)
     else:
         attributes = {
             **identity,
@@ -86,7 +90,8 @@ def embed(config: EmbedConfig) -> Embedded:
     if config.per_slide:
         with Features(out) as found:
             files = write_per_slide(found, config.per_slide)
-    return Embedded(out, len(tiles), width, earlier, tuple(files))
+    of_slides = bool(tiles.located(0, (0, 0)).slide)
+    return Embedded(out, len(tiles), width, earlier, of_slides, tuple(files))
 
 
 def identity_of(config: EmbedConfig, encoder: Encoder, tiles: Tiles, side: int) -> dict[str, Any]:

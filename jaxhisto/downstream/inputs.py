@@ -57,7 +57,10 @@ def open_inputs(config: EmbedConfig, side: int) -> Tiles:
             f"--{'exclude' if config.exclude else 'manifest'}: is for stores and images, and "
             f"{config.tiles[0]} is a whole slide; name the slides that you want."
         )
-    cut = TileConfig(config.tiles, "", tile_px=side, **dataclasses.asdict(config.cut))
+    cut = TileConfig(
+        config.tiles, "", tile_px=side, failures_allowed=config.failures_allowed,
+        **dataclasses.asdict(config.cut),
+    )  # fmt: skip
     return Tiles([SlidesSource(cut, config.threads)], data)
 
 

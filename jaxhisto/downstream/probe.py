@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def cached(config: ProbeConfig, task: Task) -> Rows:
                 f"(the first, {missing[0]}); embed the folder that the task names, with a "
                 "--max-side as large as its images."
             )
+        if len(row) < len(found.names):
+            counts = Counter(found.names)
+            twice = [name for name in task.names if counts[name] > 1]
+            if twice:
+                raise StoreError(
+                    f"{config.features}: has {len(twice):,} names twice (the first, {twice[0]}); "
+                    "embed the task's folder alone."
+                )
         x = found.all()[[row[name] for name in task.names]]
         return Rows(x, {**found.attributes})
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 from shlex import quote
 
 from jaxhisto.console import say, say_next, warn
-from jaxhisto.downstream_config import EmbedConfig, ProbeConfig, StudyConfig
+from jaxhisto.downstream_config import (
+    ClusterConfig,
+    EmbedConfig,
+    ProbeConfig,
+    RetrieveConfig,
+    SheetConfig,
+    StudyConfig,
+)
 from jaxhisto.flags import parse
 
 
@@ -20,7 +27,11 @@ def embed(argv: Sequence[str]) -> int:
     say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
     if done.per_slide:
         say(f"{config.per_slide}: {len(done.per_slide):,} slides")
-    say_next(f"jaxhisto probe {quote(str(done.out))} --task.data FOLDER --out probe.json")
+    out = quote(str(done.out))
+    if done.of_slides:
+        say_next(f"jaxhisto cluster {out} --out CLUSTERS")
+    else:
+        say_next(f"jaxhisto probe {out} --task.data FOLDER --out probe.json")
     return 0
 
 
@@ -49,4 +60,43 @@ def study(argv: Sequence[str]) -> int:
     return 1 if done.failures else 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, study)
+def cluster(argv: Sequence[str]) -> int:
+    """features -> clusters: their number by elbow, sheets, painted slides, tiles picked"""
+    config = parse(ClusterConfig, argv, "cluster")
+    from jaxhisto.downstream.clusters import cluster as run
+
+    done = run(config)
+    for line in done.lines:
+        say(line)
+    if done.picked is not None:
+        stores = " ".join(map(quote, config.show.tiles))
+        picked = quote(str(done.picked))
+        say_next(f"jaxhisto pretrain --data.manifest {picked} --data.stores {stores} --out RUN")
+    else:
+        shown = f" --show.tiles {' '.join(map(quote, config.show.tiles))}" * bool(config.show.tiles)
+        out = f"--query NAME{shown} --out NEAREST.png"
+        say_next(f"jaxhisto retrieve {quote(config.features)} {out}")
+    return 0
+
+
+def retrieve(argv: Sequence[str]) -> int:
+    """the tiles that are most like a tile, as a sheet"""
+    config = parse(RetrieveConfig, argv, "retrieve")
+    from jaxhisto.downstream.retrieve import retrieve as run
+
+    out = run(config)
+    say(f"{out}, {out.with_suffix('.csv').name}: {len(config.query)} queries")
+    return 0
+
+
+def sheet(argv: Sequence[str]) -> int:
+    """tiles of many datasets on one sheet: how diverse is what you train on?"""
+    config = parse(SheetConfig, argv, "sheet")
+    from jaxhisto.downstream.retrieve import diversity
+
+    out, tiles, datasets = diversity(config)
+    say(f"{out}: {tiles:,} tiles of {datasets} datasets")
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, cluster, retrieve, sheet, study)

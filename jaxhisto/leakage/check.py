@@ -12,6 +12,8 @@ from typing import Any
 
 from jaxhisto import __version__, settings
 from jaxhisto.config import MANY, DataConfig, PretrainConfig
+from jaxhisto.data.listed import manifest_of
+from jaxhisto.data.manifest import is_manifest, read_manifest
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.errors import ConfigError, RunError, StoreError
 from jaxhisto.file_config import LeakageConfig
@@ -54,8 +56,10 @@ def check(config: LeakageConfig) -> Result:
     names.read_patterns(config.patient_pattern, config.slide_pattern)
     if not config.pretraining or not config.against:
         missing = "--against" if config.pretraining else "the pretraining data"
-        raise ConfigError(f"{missing}: nothing is named; give a run, stores or image folders.")
-    run = _run_of(config.pretraining)
+        raise ConfigError(
+            f"{missing}: nothing is named; give a run, a list, stores or image folders."
+        )
+    run, listed = _alone(config.pretraining)
     against_names = "-".join(_short(path) for path in config.against)
     out = _out(config, run, against_names)
     against = open_tiles(
@@ -66,7 +70,10 @@ def check(config: LeakageConfig) -> Result:
             threads=config.threads,
         )
     )
-    pretraining, digest = _run_tiles(run, config) if run else _tiles(config)
+    if run:
+        pretraining, digest = _run_tiles(run, config)
+    else:
+        pretraining, digest = _listed_tiles(listed, config) if listed else _tiles(config)
     found = search(pretraining, against, config)
     record = _record(config, found, pretraining, digest, against)
     try:
@@ -86,11 +93,17 @@ def check(config: LeakageConfig) -> Result:
     return Result(record, out, report.summary(record, out))
 
 
-def _run_of(paths: Sequence[str]) -> Path | None:
+def _alone(paths: Sequence[str]) -> tuple[Path | None, Path | None]:
+    """The run, or the list, that is asked about; neither of stores and folders."""
     runs = [Path(p) for p in paths if (Path(p) / "config.json").is_file()]
+    lists = [Path(p) for p in paths if is_manifest(p)]
     if runs and len(paths) > 1:
         raise ConfigError(f"{runs[0]}: is a run, which says its data itself; name it alone.")
-    return runs[0] if runs else None
+    if lists and len(paths) > 1:
+        raise ConfigError(
+            f"{lists[0]}: is a list of tiles; name it alone, and where they lie with --stores."
+        )
+    return next(iter(runs), None), next(iter(lists), None)
 
 
 def _out(config: LeakageConfig, run: Path | None, against: str) -> Path:
@@ -103,7 +116,7 @@ def _out(config: LeakageConfig, run: Path | None, against: str) -> Path:
     if foreign or ((out / "leakage.json").exists() and not config.force):
         remedy = "give another" if foreign else "pass --force to replace that report, or another"
         raise ConfigError(f"--out {out}: is not empty; {remedy} folder.")
-    for path in (*config.pretraining, *config.against):
+    for path in (*config.pretraining, *config.stores, *config.against):
         if run is None or path not in config.pretraining:
             _refuse_inside(out, Path(path))
     return out
@@ -117,6 +130,11 @@ def _refuse_inside(out: Path, data: Path) -> None:
 
 def _tiles(config: LeakageConfig) -> tuple[Tiles, str]:
     """Stores and folders as `pretrain` opens them, but uncut, and their hash."""
+    if config.stores:
+        raise ConfigError(
+            f"--stores: is for a list of tiles or a run, and {config.pretraining[0]} is neither; "
+            "name stores and folders without the flag."
+        )
     data = DataConfig(
         stores=config.pretraining,
         exclude=config.exclude,
@@ -124,6 +142,25 @@ def _tiles(config: LeakageConfig) -> tuple[Tiles, str]:
         threads=config.threads,
     )
     tiles = open_tiles(replace(data, max_side=MANY))
+    return tiles, Tiles(tiles.sources, data).hash
+
+
+def _listed_tiles(path: Path, config: LeakageConfig) -> tuple[Tiles, str]:
+    """Exactly the tiles of a list, uncut, and the hash of a run that is trained on them."""
+    if config.exclude:
+        raise ConfigError(f"--exclude: {path} says itself what is in it; leave the flag out.")
+    if not config.stores:
+        names = [str(dataset["name"]) for dataset in read_manifest(path).datasets]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ConfigError(
+            f"--stores: is needed, since {path} holds no tiles and no paths; name the stores and "
+            f"folders of {', '.join(names[:3])}{more} that it was drawn from."
+        )
+    data = DataConfig(stores=config.stores, manifest=str(path), threads=config.threads)
+    try:
+        tiles = open_tiles(replace(data, max_side=MANY))
+    except StoreError as error:
+        raise StoreError(str(error).replace("--data.stores", "--stores")) from error
     return tiles, Tiles(tiles.sources, data).hash
 
 
@@ -141,17 +178,19 @@ def _run_tiles(run: Path, config: LeakageConfig) -> tuple[Tiles, str]:
     stated = json.loads(file.read_text(encoding="utf-8"))["hash"]
     text = (run / "config.json").read_text(encoding="utf-8")
     data = settings.from_json(PretrainConfig, text).data
+    if config.stores:
+        data = replace(data, stores=config.stores)
     try:
         tiles = open_tiles(replace(data, max_side=MANY, threads=config.threads))
     except StoreError as error:
         raise RunError(
             f"{run}: its data cannot be opened any more ({str(error).rstrip('.')}); put it back, "
-            "or name the stores instead of the run."
+            "or say with --stores where it lies now."
         ) from error
     if Tiles(tiles.sources, data).hash != stated:
         raise RunError(
             f"{run}: was trained on other data ({stated[:12]}) than lies there now; put it back, "
-            "or name the stores instead of the run."
+            "say with --stores where it lies, or name the stores instead of the run."
         )
     return tiles, stated
 
@@ -193,6 +232,7 @@ def _record(
             "names": [source.path.resolve().name for source in pretraining.sources],
             "hash": digest,
             "tiles": len(pretraining),
+            "manifest": manifest_of(pretraining),
             "too_flat": found.flat[0],
             "dropped": len(pretraining.dropped),
         },

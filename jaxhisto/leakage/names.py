@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxhisto.data.image_source import ImageSource
+from jaxhisto.data.listed import Listed
 from jaxhisto.data.sources import Source
 from jaxhisto.errors import ConfigError
 
@@ -72,20 +73,25 @@ def read_patterns(patient: str, slide: str) -> Patterns:
 def own_name(source: Source, row: int) -> tuple[str, bool]:
     """Slide id and True of a store's tile; of an image its relative name and False.
 
-    An image that does not lie below the source's path keeps its whole name.
+    A tile of a list is named as in the store or folder it was found in.
     """
+    if isinstance(source, Listed):
+        source, row = source.at(row)
     text = source.name(row)
     tile = _TILE.fullmatch(text)
     if tile:
         return tile[1], True
     name = Path(text)
-    # A source that is a list of tiles names images by where they lie, elsewhere.
+    # Images of an archive or table may lie elsewhere.
     inside = name.is_relative_to(source.path)
     return (name.relative_to(source.path) if inside else name).as_posix(), False
 
 
 def file_digests(source: Source) -> dict[str, bytes]:
-    """SHA-256 of each image file of a folder by its full name; none of a store."""
+    """SHA-256 of each image file of a folder, or of a list's folders, by its full name; none of a
+    store."""
+    if isinstance(source, Listed):
+        return {name: d for each in source.sources for name, d in file_digests(each).items()}
     if not isinstance(source, ImageSource):
         return {}
     return {str(source.path / image.name): image.sha256 for image in source.images}

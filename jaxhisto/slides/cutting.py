@@ -1,19 +1,16 @@
-"""One slide to one part of the store: grid, foreground, draw, read. Runs in a worker process.
+"""One slide to one part of the store: choose cells, read, write. Runs in a worker process.
 
-Every cell of the grid is either kept or rejected for one of report's `REASONS`.
+Every cell of the grid is either kept or rejected for one of `report_parts.REASONS`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-from numpy.typing import NDArray
 
 from jaxhisto.config import TileConfig
 from jaxhisto.data.store_writer import (
@@ -25,10 +22,13 @@ from jaxhisto.data.store_writer import (
     write_record,
 )
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
+from jaxhisto.slides.choosing import Choice, choose_cells, own_reason, small
+from jaxhisto.slides.pen import ink_note
 from jaxhisto.slides.pixel_size import GivenPixelSize
-from jaxhisto.slides.reader import Flags, Overview, Pixels, RegionError, Scale, Slide, content_hash
-from jaxhisto.slides.report import REASONS, fitted, slide_section
+from jaxhisto.slides.reader import Overview, Pixels, RegionError, Scale, Slide
+from jaxhisto.slides.report import fitted, slide_section
+from jaxhisto.slides.report_parts import REASONS
+from jaxhisto.slides.slide_files import content_hash, file_stamp
 
 CONTACTS, CONTACT_PX = 24, 96  # tiles on the contact sheet, and their side
 PICTURE_PX = 900  # longest side of the report's picture of the slide, about
@@ -45,6 +45,8 @@ class Job:
       config: all settings of the run; `dataset` filled in.
       known: manifest entry of this slide if a whole part of it is there.
       others: further files of the same slide (a DICOM series).
+      dataset: of its tiles; empty: the config's.
+      also: further ids under which the same file is found.
     """
 
     path: Path
@@ -53,6 +55,8 @@ class Job:
     config: TileConfig
     known: dict[str, Any] | None = None
     others: tuple[Path, ...] = ()
+    dataset: str = ""
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,139 +75,115 @@ class Draw:
     kept: list[tuple[int, int]] = field(default_factory=list)
     lost: list[tuple[int, int]] = field(default_factory=list)
     contacts: list[Pixels] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Cells side by side from the slide's top-left corner; `outside` are cut by its edges."""
-
-    xs: list[int]
-    ys: list[int]
-    outside: int
-
-    @classmethod
-    def over(cls, width: int, height: int, side: float) -> Grid:
-        """All whole cells of `side` level-0 pixels on a slide of width x height."""
-        nx, ny = int(width / side + 1e-9), int(height / side + 1e-9)
-        cells = int(np.ceil(width / side - 1e-9)) * int(np.ceil(height / side - 1e-9))
-        return cls(
-            [int(i * side) for i in range(nx)], [int(i * side) for i in range(ny)], cells - nx * ny
-        )
-
-    def cell(self, index: int) -> tuple[int, int]:
-        """Top-left corner of a cell, row by row."""
-        return self.xs[index % len(self.xs)], self.ys[index // len(self.xs)]
+    copied: int = 0
 
 
 def cut_slide(job: Job) -> Cut:
-    """Cuts one slide, or finds that it is cut already.
+    """Cuts one slide, or finds that it is cut already; a file whose size and time of change are as
+    they were is not read again.
 
     Raises:
       SlideError: not readable, no pixel size, coarser than asked for, or no foreground tile.
       StoreError: the store cannot be written.
     """
     cv2.setNumThreads(1)  # the pool has a process a core
-    sha256 = content_hash(job.path, job.others)
+    known = job.known
+    stamp = file_stamp(job.path, job.others)  # before the bytes are read: they may change meanwhile
+    if known and known.get("stamp") == stamp:
+        sha256 = known["sha256"]
+    else:
+        sha256 = content_hash(job.path, job.others)
     with Slide(job.path, job.given) as slide:
-        known = job.known
         if known and (known["sha256"], known["mpp"], known["mpp_source"]) == (
             sha256, slide.mpp, slide.mpp_source,
         ):  # fmt: skip
-            return Cut(known, reused=True)
-        return Cut(_cut(slide, job, sha256), reused=False)
+            return Cut({**known, "stamp": stamp}, reused=True)
+        return Cut(_cut(slide, job, {"sha256": sha256, "stamp": stamp}), reused=False)
 
 
-def order(seed: int, slide: str, cells: int) -> NDArray[np.int64]:
-    """The order in which a slide's cells are drawn: a permutation from (seed, slide id) alone.
-
-    Sorted by one raw 64-bit number a cell, so that neither a newer numpy nor another foreground
-    rule changes which of two cells comes first.
-    """
-    digest = hashlib.sha256(f"{seed}:{slide}".encode()).digest()
-    keys = np.random.PCG64(int.from_bytes(digest[:16], "big")).random_raw(cells)
-    return np.argsort(keys, kind="stable")
-
-
-def _cut(slide: Slide, job: Job, sha256: str) -> dict[str, Any]:
+def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
     config = job.config
-    scale = slide.scale(config.tile_px, config.tile_mpp)
-    grid = Grid.over(slide.width, slide.height, scale.side)
-    if not grid.xs or not grid.ys:
-        raise SlideError(
-            f"{slide.path}: {slide.width} x {slide.height} px is smaller than one tile of "
-            f"{scale.side:.0f} px; pass a smaller --tile-px, or leave the slide out"
-        )
-    view = slide.overview(MASK_MPP / slide.mpp)
-    mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
+    choice = choose_cells(slide, job.id, config)
+    picture = _picture(slide, choice.view)  # before the tiles: what it reads is decoded still
     draw = Draw()
-    draw.rejected["outside"] = grid.outside
-    part = write_part(Path(config.out), job.id, _tiles(slide, job, scale, grid, view, mask, draw))
+    draw.rejected |= choice.rejected
+    part = write_part(Path(config.out), job.id, _tiles(slide, job, choice, draw))
     if not part["tiles"]:
-        raise SlideError(_nothing(slide, config, mask, grid, draw))
+        raise SlideError(_nothing(slide, config, choice, draw))
     record = {
         "id": job.id,
-        "sha256": sha256,
+        "dataset": job.dataset or config.dataset,
+        **file,
         "width": slide.width,
         "height": slide.height,
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
-        "notes": list(slide.notes),
-        "tile_mpp": scale.mpp,
+        "notes": [
+            *slide.notes,
+            *_damage(draw),
+            *filter(None, (choice.fit, ink_note(choice.ink, choice.mask))),
+            *_passed_through(slide, config, choice.scale, draw),
+        ],
+        "tile_mpp": choice.scale.mpp,
         "tiles": part["tiles"],
         "rejected": draw.rejected,
-        "foreground_share": round(float(mask.mean()), 4),
-        "part": {"bytes": part["bytes"], "sha256": part["sha256"]},
+        "foreground_share": round(float(choice.mask.mean()), 4),
+        "part": {k: part[k] for k in ("bytes", "sha256", "records")},
     }
     section = slide_section(
         record,
-        _picture(slide, view),
-        mask,
-        view.downsample,
-        scale.side,
+        picture,
+        choice.mask,
+        choice.view.downsample,
+        choice.scale.side,
         draw.kept,
         draw.lost,
         draw.contacts,
     )
-    write_file(Path(config.out), Path(config.out) / "report" / f"{slide_key(job.id)}.html", section)
+    shown = Path(config.out) / "report" / f"{slide_key(job.id)}.html"
+    write_file(Path(config.out), shown, section, durable=False)
     write_record(Path(config.out), record)
     return record
 
 
-def _tiles(
-    slide: Slide, job: Job, scale: Scale, grid: Grid, view: Overview, mask: Flags, draw: Draw
-) -> Iterator[Tile]:
-    """Draws and reads: exactly min(max_tiles, readable foreground cells), counted in `draw`.
-
-    Where the overview could not be read, the cell's own pixels decide.
-    """
-    config = job.config
-    args = (view.downsample, grid.xs, grid.ys, scale.side)
-    covered = shares(mask, *args).ravel() >= config.min_foreground - 1e-9
-    unsure = shares(~view.known, *args).ravel() > 0
-    cells = (
-        order(config.seed, job.id, covered.size) if config.max_tiles else np.arange(covered.size)
-    )
-    cells = cells[(covered | unsure)[cells]]
-    draw.rejected["background"] = covered.size - cells.size
-    for rank, cell in enumerate(cells):
+def _tiles(slide: Slide, job: Job, choice: Choice, draw: Draw) -> Iterator[Tile]:
+    """Draws and reads: exactly min(max_tiles, readable foreground cells), counted in `draw`."""
+    config, scale = job.config, choice.scale
+    for rank, cell in enumerate(choice.cells.tolist()):
         if config.max_tiles and len(draw.kept) == config.max_tiles:
-            draw.rejected["over_cap"] = cells.size - rank
+            draw.rejected["over_cap"] = choice.cells.size - rank
             return
-        x, y = grid.cell(int(cell))
+        x, y = choice.grid.cell(cell)
         try:
             rgb = slide.read(x, y, config.tile_px, scale)
         except RegionError as error:
             draw.rejected[error.reason] += 1
             draw.lost.append((x, y))
             continue
-        if unsure[cell] and own_share(rgb, scale.mpp, config) < config.min_foreground:
-            draw.rejected["background"] += 1
+        if choice.unsure[cell] and (reason := own_reason(rgb, scale.mpp, config)):
+            draw.rejected[reason] += 1
             continue
         draw.kept.append((x, y))
         if len(draw.contacts) < CONTACTS:
-            draw.contacts.append(_small(rgb, CONTACT_PX))
-        jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
-        yield Tile(jpeg, job.id, config.dataset, x, y, scale.mpp, slide.mpp_source)
+            draw.contacts.append(small(rgb, CONTACT_PX))
+        jpeg = slide.copied(x, y, config.tile_px, scale) if config.passthrough else None
+        draw.copied += jpeg is not None
+        if jpeg is None:
+            jpeg = encode_jpeg(rgb, config.jpeg_quality, config.jpeg_subsampling)
+        dataset = job.dataset or config.dataset
+        yield Tile(jpeg, job.id, dataset, x, y, scale.mpp, slide.mpp_source)
+
+
+def _passed_through(slide: Slide, config: TileConfig, scale: Scale, draw: Draw) -> list[str]:
+    """What became of --passthrough, as a note of the slide."""
+    if not config.passthrough:
+        return []
+    if draw.copied:
+        return [f"passthrough: {draw.copied} of {len(draw.kept)} tiles are the slide's own JPEGs"]
+    why = slide.jpeg.refusal(scale.level, config.tile_px)
+    if scale.level_side != config.tile_px:
+        why = "they are resized from another um/px"
+    return [f"passthrough: all tiles are encoded anew, since {why or 'none lies on the grid'}"]
 
 
 def _picture(slide: Slide, view: Overview) -> Pixels:
@@ -214,29 +194,30 @@ def _picture(slide: Slide, view: Overview) -> Pixels:
     return fitted(rgb, PICTURE_PX)
 
 
-def own_share(rgb: Pixels, mpp: float, config: TileConfig) -> float:
-    """Foreground share of a tile seen alone, at the mask's pixel size."""
-    factor = max(1.0, MASK_MPP / mpp)
-    small = _small(rgb, max(1, round(rgb.shape[0] / factor)))
-    side_mpp = mpp * rgb.shape[0] / small.shape[0]
-    return float(foreground(small, config.foreground, side_mpp, config.close_um).mean())
+def _damage(draw: Draw) -> list[str]:
+    """A note where cells were lost: the rest of a file that was cut off is still a slide."""
+    lost = draw.rejected["unreadable"]
+    return [f"{lost} cells cannot be read: the file is damaged or cut off there"] if lost else []
 
 
-def _small(rgb: Pixels, side: int) -> Pixels:
-    return np.asarray(cv2.resize(rgb, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _nothing(slide: Slide, config: TileConfig, mask: Flags, grid: Grid, draw: Draw) -> str:
+def _nothing(slide: Slide, config: TileConfig, choice: Choice, draw: Draw) -> str:
     """Why a slide gave no tile, in one sentence."""
     lost = draw.rejected["unreadable"] + draw.rejected["transparent"]
-    cells = len(grid.xs) * len(grid.ys)
+    cells, fit = choice.unsure.size, choice.fit
     if lost:
         return (
             f"{slide.path}: no tile, since {lost} of {cells} cells cannot be read and the rest is "
             "background; copy the file again, or leave it out"
         )
+    if draw.rejected["pen"]:
+        return (
+            f"{slide.path}: no tile, since {draw.rejected['pen']} of {cells} cells have marker ink "
+            "and the rest is background; pass --pen none if that is a stain, or leave it out"
+        )
+    if fit:
+        return f"{slide.path}: no tile of {cells} has enough foreground: {fit}, or leave it out"
     return (
         f"{slide.path}: no foreground, none of {cells} tiles reaches {config.min_foreground:g} "
-        f"under {config.foreground} ({mask.mean():.1%} of the slide is foreground); try another "
-        "--foreground (ciga2022, otsu, od) or a lower --min-foreground, or leave it out"
+        f"under {config.foreground} ({choice.mask.mean():.1%} of the slide is foreground); try "
+        "another --foreground (ciga2022, otsu, od) or a lower --min-foreground, or leave it out"
     )

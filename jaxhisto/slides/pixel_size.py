@@ -71,7 +71,8 @@ def pixel_size(path: Path, properties: Mapping[str, str], given: GivenPixelSize)
     for source, x, y, (low, high) in _stated(properties):
         if low <= x <= high and low <= y <= high and abs(x - y) <= SQUARE * max(x, y):
             return PixelSize((x + y) / 2, source, (*notes, *_unused(path, (x + y) / 2, given)))
-        notes.append(f"{source} states {x:g} x {y:g} um/px, which is not plausible")
+        note = f"{source} states {x:g} x {y:g} um/px, which is not plausible"
+        notes += [note] if note not in notes else []  # OpenSlide repeats a TIFF's own figures
     listed = _listed(path, given.folders)
     if listed is not None:
         return PixelSize(listed, SIDECAR, tuple(notes))

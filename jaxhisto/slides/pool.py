@@ -23,11 +23,11 @@ _SPAWN = multiprocessing.get_context("spawn")  # a fork of a threaded parent can
 
 
 class ProcessDied(Exception):
-    """The process of a job ended without an answer, twice."""
+    """The process of a job ended without an answer, each time."""
 
 
 class TooSlow(Exception):
-    """A job took longer than it may; it is not tried again."""
+    """A job took longer than it may, each time; its process is ended."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def run(
       function: importable by name; its errors travel back pickled.
       processes: how many jobs run at the same time.
       timeout: seconds a job may take.
-      attempts: how often a job is begun whose process dies.
+      attempts: how often a job is begun whose process dies or is too slow. It is begun again after
+        all others: what hung on a busy disk or ran out of memory may then find more room.
 
     A script that calls this needs `if __name__ == "__main__":`, since processes are spawned.
     """
@@ -75,8 +76,9 @@ def run(
                 with suppress(OSError):  # it has died: `_collect` sees that
                     idle.link.send(jobs[idle.index])
             for answer in _collect(workers, timeout):
-                if isinstance(answer.error, ProcessDied) and tries[answer.index] > 1:
-                    waiting.appendleft((answer.index, tries[answer.index] - 1))
+                again = isinstance(answer.error, (ProcessDied, TooSlow))
+                if again and tries[answer.index] > 1:
+                    waiting.append((answer.index, tries[answer.index] - 1))
                 else:
                     yield answer
     finally:

@@ -1,17 +1,17 @@
 """Open a slide and read tiles of it at a stated pixel size.
 
 OpenSlide reads it; OME-TIFF, and a TIFF that OpenSlide refuses, are left to `tiff_reader`, whose
-handle answers as OpenSlide's does. Pixels are RGB, uint8, as the file holds them. OpenSlide
-returns RGBA: it leaves what a file does not hold transparent (regions a scanner skipped, and all
-beyond the edge). A tile with any such pixel is refused as `transparent`, one that cannot be
-decoded as `unreadable`; neither is ever painted.
+handle answers as OpenSlide's does; JPEG tiles are decoded by `jpeg_tiles` where that gives the
+same pixels sooner. Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it
+leaves what a file does not hold transparent (regions a scanner skipped, and all beyond the edge).
+A tile with any such pixel is refused as `transparent`, one that cannot be decoded as
+`unreadable`; neither is ever painted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.jpeg_tiles import JpegTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 from jaxhisto.slides.tiff_reader import (
     TIFF_STARTS,
     TiffHandle,
     TiffRegionError,
-    refuse_grey_and_deep,
+    refuse_unfit,
 )
 
 Pixels = NDArray[np.uint8]
@@ -44,6 +45,8 @@ SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0
 SMALLEST = 128  # side to which a block that cannot be read is split, px
 MOST_SPLITS = 500  # after these, blocks are given up whole: each split reopens the file four times
 OME = "<OME "  # in the description of an OME-TIFF
+UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
+MOST_OVERVIEW = 1 << 30  # bytes of a reduced slide; one of 250,000 px squared takes 0.3 GB
 BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
 
 
@@ -117,6 +120,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+        self._jpeg: JpegTiles | None = None
 
     def __enter__(self) -> Slide:
         return self
@@ -128,6 +132,21 @@ class Slide:
         at: TracebackType | None,
     ) -> None:
         self._handle.close()
+        if self._jpeg:
+            self._jpeg.close()
+
+    @property
+    def jpeg(self) -> JpegTiles:
+        """What can be read by the slide's own JPEG tiles."""
+        if self._jpeg is None:  # not before: a slide that is cut already is opened all the same
+            self._jpeg = JpegTiles(
+                self.path,
+                self._handle.properties,
+                self._level_sizes,
+                self.downsamples,
+                self._by_handle,
+            )
+        return self._jpeg
 
     def scale(self, tile_px: int, mpp: float | None) -> Scale:
         """Chooses the level for tiles of `tile_px` pixels at `mpp`; None: level 0 as it is.
@@ -159,9 +178,7 @@ class Slide:
           RegionError: the region cannot be decoded, or part of it is not in the file.
         """
         downsample = self.downsamples[scale.level]
-        # OpenSlide interpolates between level pixels unless it starts on one.
-        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
-        start_x, start_y = round(left * downsample), round(top * downsample)
+        left, top, start_x, start_y = self._start(x, y, scale.level)
         if scale.level_side == tile_px:
             return self._opaque(scale.level, start_x, start_y, tile_px, tile_px)
         box_x, box_y = max(0.0, (x - start_x) / downsample), max(0.0, (y - start_y) / downsample)
@@ -178,6 +195,12 @@ class Slide:
         image = Image.fromarray(region).resize((tile_px, tile_px), Image.Resampling.BICUBIC, box)
         return np.asarray(image)
 
+    def copied(self, x: int, y: int, tile_px: int, scale: Scale) -> bytes | None:
+        """The tile that `read` gives, as the JPEG that lies in the slide; None if none does."""
+        if scale.level_side != tile_px or self.jpeg.refusal(scale.level, tile_px):
+            return None
+        return self.jpeg.copied(scale.level, *self._start(x, y, scale.level)[2:], tile_px)
+
     def overview(self, downsample: float) -> Overview:
         """The slide at about `downsample` level-0 pixels a pixel.
 
@@ -185,6 +208,9 @@ class Slide:
         factor with area averaging, block by block, so that a slide without a pyramid fits in
         memory. What cannot be read, in blocks of about `SMALLEST` pixels, is left out and not
         `known`.
+
+        Raises:
+          SlideError: it would not fit in `MOST_OVERVIEW`; nothing is allocated before.
         """
         level = min(
             range(len(self.downsamples)),
@@ -193,6 +219,12 @@ class Slide:
         factor = max(1, round(downsample / self.downsamples[level]))
         width, height = self._level_sizes[level]
         shape = (math.ceil(height / factor), math.ceil(width / factor))
+        if (size := shape[0] * shape[1] * 5) > MOST_OVERVIEW:  # three colours, two flags
+            raise SlideError(
+                f"{self.path}: states {self.width} x {self.height} px of {self.mpp:g} um, too "
+                f"large: an overview of it takes {size / 2**30:.1f} GiB; check both, or leave it "
+                "out"
+            )
         rgb = np.full((*shape, 3), 255, np.uint8)
         there, known = np.zeros(shape, bool), np.ones(shape, bool)
         ratio = self.downsamples[level]
@@ -215,16 +247,30 @@ class Slide:
             rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
         return Overview(rgb, there, known, self.downsamples[level] * factor)
 
+    def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
+        """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
+        # OpenSlide interpolates between level pixels unless it starts on one.
+        downsample = self.downsamples[level]
+        left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
+        return left, top, round(left * downsample), round(top * downsample)
+
     def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         region = self._region(level, x, y, width, height)
+        if region.shape[2] == 3:
+            return region
         if region[..., 3].min() < 255:
             raise RegionError(
                 f"{self.path}: the file holds no pixels at ({x}, {y}), level {level}", "transparent"
             )
-        return np.ascontiguousarray(region[..., :3])
+        return np.asarray(cv2.cvtColor(region, cv2.COLOR_RGBA2RGB), np.uint8)
 
     def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """(height, width, 4) RGBA; x, y in level-0 pixels, width and height in the level's."""
+        """(height, width, 3) RGB or 4, RGBA; x, y in level-0 pixels, the size in the level's."""
+        decoded = self.jpeg.region(level, x, y, width, height)
+        return self._by_handle(level, x, y, width, height) if decoded is None else decoded
+
+    def _by_handle(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """As `_region`, RGBA, by OpenSlide or tifffile."""
         try:
             return np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except TiffRegionError as error:
@@ -238,22 +284,6 @@ class Slide:
             raise RegionError(
                 f"{self.path}: cannot be read at ({x}, {y}), level {level} ({error})", "unreadable"
             ) from error
-
-
-def content_hash(path: Path, others: Sequence[Path] = ()) -> str:
-    """sha256 of the slide's bytes.
-
-    A slide of several files is hashed as the sorted list of their names and hashes: those in
-    `others` (the rest of a DICOM series) and MIRAX's data folder. A Hamamatsu .vms or .vmu is
-    hashed by its index file alone.
-    """
-    if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-        others = [*others, *(p for p in path.with_suffix("").rglob("*") if p.is_file())]
-    if not others:
-        return _file_hash(path)
-    names = sorted((p.relative_to(path.parent).as_posix(), p) for p in (path, *others))
-    lines = "".join(f"{name} {_file_hash(file)}\n" for name, file in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def dicom_series(path: Path) -> str:
@@ -275,11 +305,15 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
     except openslide.OpenSlideUnsupportedFormatError as error:
         if start in TIFF_STARTS:
             return TiffHandle(path)
+        _refuse_lone_index(path)
         raise SlideError(
             f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
             "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
         ) from error
     except openslide.OpenSlideError as error:
+        if UNPACKED in str(error) and start in TIFF_STARTS:
+            return TiffHandle(path)
+        _refuse_lone_index(path)
         raise SlideError(
             f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
             "again, or leave it out"
@@ -291,11 +325,21 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
         return TiffHandle(path)
     if handle.properties.get("openslide.vendor") == "generic-tiff":
         try:
-            refuse_grey_and_deep(path)  # OpenSlide would make 8-bit RGB of them, unasked
+            refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
         except SlideError:
             handle.close()
             raise
     return handle
+
+
+def _refuse_lone_index(path: Path) -> None:
+    """SlideError for a MIRAX index without the folder that holds its pixels."""
+    folder = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and not folder.is_dir():
+        raise SlideError(
+            f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
+            "that too, or leave the slide out"
+        )
 
 
 def _blocks(area: Area, side: int) -> Iterator[Area]:
@@ -307,22 +351,17 @@ def _blocks(area: Area, side: int) -> Iterator[Area]:
 
 def _reduced(block: Pixels, factor: int) -> tuple[Pixels, Flags]:
     """RGB on white and the flag `there` (at least half opaque), both reduced by `factor`."""
-    alpha = block[..., 3]
-    rgb = block[..., :3]
-    if alpha.min() < 255:
+    if block.shape[2] == 4 and block[..., 3].min() < 255:
+        alpha = block[..., 3]
         weight = alpha[..., None].astype(np.float32) / 255
-        rgb = np.rint(rgb * weight + 255 * (1 - weight)).astype(np.uint8)
-    down, right = -alpha.shape[0] % factor, -alpha.shape[1] % factor
-    both = np.dstack([rgb, alpha])
-    padded = cv2.copyMakeBorder(both, 0, down, 0, right, cv2.BORDER_REPLICATE)
-    size = (padded.shape[1] // factor, padded.shape[0] // factor)
-    small = cv2.resize(padded, size, interpolation=cv2.INTER_AREA) if factor > 1 else padded
-    return np.asarray(small[..., :3], np.uint8), np.asarray(small[..., 3] >= 128)
-
-
-def _file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        rgb = np.rint(block[..., :3] * weight + 255 * (1 - weight)).astype(np.uint8)
+        block = np.dstack([rgb, alpha])
+    down, right = -block.shape[0] % factor, -block.shape[1] % factor
+    if down or right:
+        replicated = cv2.copyMakeBorder(block, 0, down, 0, right, cv2.BORDER_REPLICATE)
+        block = np.asarray(replicated, np.uint8)
+    if factor > 1:
+        size = (block.shape[1] // factor, block.shape[0] // factor)
+        block = np.asarray(cv2.resize(block, size, interpolation=cv2.INTER_AREA), np.uint8)
+    there = block[..., 3] >= 128 if block.shape[2] == 4 else np.ones(block.shape[:2], bool)
+    return np.asarray(block[..., :3], np.uint8), there

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from jaxhisto.config import TileConfig
 from jaxhisto.data.features import Place
 from jaxhisto.errors import SlideError, StoreError
-from jaxhisto.slides.cutting import Grid, Job, order, own_share
-from jaxhisto.slides.foreground import MASK_MPP, detect, shares
-from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide, content_hash
-from jaxhisto.slides.tiling import find_slides
+from jaxhisto.slides.choosing import choose_cells, own_reason
+from jaxhisto.slides.cutting import Job
+from jaxhisto.slides.finding import find_slides
+from jaxhisto.slides.reader import Pixels, RegionError, Scale, Slide
+from jaxhisto.slides.slide_files import content_hash
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ class SlidesSource:
     Within a slide in the order of the grid, or as drawn where `max_tiles` says how many. Safe to
     use from several threads, each of which opens slides for itself.
 
-    Attributes: as `data.sources.Source` has them.
+    Attributes: as `data.sources.Source` has them; `dropped` holds slides that were left out, and
+    how many cells of others.
 
     Raises:
-      SlideError: no slide, one that cannot be read or has no pixel size, or no foreground in one.
+      SlideError: no slide, or more than `failures_allowed` that cannot be read, have no pixel size
+        or no foreground.
     """
 
     def __init__(self, config: TileConfig, threads: int = 0) -> None:
@@ -59,7 +62,16 @@ class SlidesSource:
         self.path = Path(config.slides[0])
         self._tile_px = config.tile_px
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            self._slides = list(pool.map(choose, jobs))
+            found = list(pool.map(_chosen_or_error, jobs))
+        failed = [error for error in found if isinstance(error, SlideError)]
+        self._slides = [chosen for chosen in found if isinstance(chosen, Chosen)]
+        if failed and (len(failed) > config.failures_allowed or not self._slides):
+            more = f" ({len(failed)} of {len(jobs)} slides cannot be used)" if failed[1:] else ""
+            raise SlideError(
+                f"{failed[0]}{more}; pass --failures-allowed {len(failed)} to go on without"
+                if self._slides
+                else f"{failed[0]}{more}"
+            )
         self._ends = np.cumsum([len(chosen.corners) for chosen in self._slides])
         self._open = threading.local()
         self.canvas = (config.tile_px, config.tile_px)
@@ -68,6 +80,11 @@ class SlidesSource:
             (chosen.job.id, f"{chosen.lost} cells cannot be read")
             for chosen in self._slides
             if chosen.lost
+        ]
+        self.dropped += [
+            (job.id, str(error))
+            for job, error in zip(jobs, found, strict=True)
+            if isinstance(error, SlideError)
         ]
         content = [
             [c.job.id, c.sha256, c.scale.mpp, config.tile_px, c.corners.tolist()]
@@ -100,7 +117,9 @@ class SlidesSource:
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place:
         chosen, row = self._find(i)
         x, y = chosen.corners[row].tolist()
-        return Place(f"{chosen.job.id}@{y},{x}", chosen.job.id, x, y, float(chosen.scale.side))
+        return Place(
+            f"{chosen.job.id}@{y},{x}", chosen.job.id, x, y, round(float(chosen.scale.side), 6)
+        )
 
     def mpp_range(self) -> tuple[float, float] | None:
         sizes = [chosen.scale.mpp for chosen in self._slides]
@@ -127,6 +146,16 @@ class SlidesSource:
         return held[1]
 
 
+def _chosen_or_error(job: Job) -> Chosen | SlideError:
+    try:
+        return choose(job)
+    except SlideError as error:
+        text = str(error)
+        for flag in ("mpp", "tile-mpp"):  # as the verb here has them
+            text = text.replace(f"--{flag} ", f"--cut.{flag} ")
+        return SlideError(text)
+
+
 def choose(job: Job) -> Chosen:
     """The tiles of a slide that `jaxhisto tile` would keep.
 
@@ -137,38 +166,27 @@ def choose(job: Job) -> Chosen:
     """
     config = job.config
     sha256 = content_hash(job.path, job.others)
+    corners: list[tuple[int, int]] = []
+    lost = 0
     with Slide(job.path, job.given) as slide:
-        scale = slide.scale(config.tile_px, config.tile_mpp)
-        grid = Grid.over(slide.width, slide.height, scale.side)
-        view = slide.overview(MASK_MPP / slide.mpp)
-        mask = detect(view, config.foreground, slide.mpp * view.downsample, config.close_um)
-        args = (view.downsample, grid.xs, grid.ys, scale.side)
-        covered = shares(mask, *args).ravel() >= config.min_foreground - 1e-9
-        unsure = shares(~view.known, *args).ravel() > 0
-        drawn = (
-            order(config.seed, job.id, covered.size)
-            if config.max_tiles
-            else np.arange(covered.size)
-        )
-        corners: list[tuple[int, int]] = []
-        lost = 0
-        for cell in drawn[(covered | unsure)[drawn]].tolist():
+        choice = choose_cells(slide, job.id, config)
+        for cell in choice.cells.tolist():
             if config.max_tiles and len(corners) == config.max_tiles:
                 break
-            x, y = grid.cell(cell)
-            if unsure[cell]:
+            x, y = choice.grid.cell(cell)
+            if choice.unsure[cell]:
                 try:
-                    rgb = slide.read(x, y, config.tile_px, scale)
+                    rgb = slide.read(x, y, config.tile_px, choice.scale)
                 except RegionError:
                     lost += 1
                     continue
-                if own_share(rgb, scale.mpp, config) < config.min_foreground:
+                if own_reason(rgb, choice.scale.mpp, config):
                     continue
             corners.append((x, y))
     if not corners:
         raise SlideError(
-            f"{job.path}: no foreground tile of {config.tile_px} px in {covered.size} cells under "
-            f"{config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a lower "
-            "--cut.min-foreground, or leave the slide out"
+            f"{job.path}: no foreground tile of {config.tile_px} px in {choice.unsure.size} cells "
+            f"under {config.foreground}; try another --cut.foreground (ciga2022, otsu, od), a "
+            "lower --cut.min-foreground, or leave the slide out"
         )
-    return Chosen(job, scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)
+    return Chosen(job, choice.scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)

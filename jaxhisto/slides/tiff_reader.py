@@ -212,21 +212,32 @@ class TiffHandle:
         return data
 
 
-def refuse_grey_and_deep(path: Path) -> None:
-    """SlideError where the first page is grey or has more than 8 bits; no word on what else it is.
+def refuse_unfit(path: Path) -> None:
+    """SlideError where the first page is grey, has more than 8 bits, is larger than its tiles, or
+    has tiles that no memory would hold.
 
-    A file that tifffile cannot read is passed: OpenSlide could.
+    No word on what else it is: a file that tifffile cannot read is passed, OpenSlide could.
     """
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
     try:
         with tifffile.TiffFile(path) as file:
             page: Any = file.pages.first
-            bits, kind = page.bitspersample, page.photometric
+            bits, kind, there = page.bitspersample, page.photometric, len(page.dataoffsets)
+            size = int(page.imagewidth), int(page.imagelength)
+            piece = page.tile[::-1] if page.tile else size
+            across, down = (-(-a // b) for a, b in zip(size, piece, strict=True))
     except Exception:  # fed with damaged tags, tifffile raises nearly anything
         return
     if bits > 8 or kind in GREYS:
         found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
         raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
+    if (whole := 4 * math.prod(piece)) > MOST_SEGMENT:
+        raise SlideError(_too_large(path, size, tifffile.enumstr(page.compression), whole))
+    if across * down > there:  # each would be tried, and found missing, for hours
+        raise SlideError(
+            f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "
+            f"{there}; the file is damaged or cut off: copy it again, or leave it out"
+        )
 
 
 def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[str, ...]]:
@@ -312,11 +323,15 @@ def _level(path: Path, page: Any) -> _Level:
         raise SlideError(_damaged(path, f"{pieces} tiles or strips, and fewer places of them"))
     size = math.prod(piece) * int(page.samplesperpixel)
     if size > MOST_SEGMENT:
-        raise SlideError(
-            f"{path}: {width} x {height} px packed ({kind}) in pieces of {size / 2**30:.1f} GiB, "
-            f"too large to decode for a tile; {CONVERT}"
-        )
+        raise SlideError(_too_large(path, (width, height), kind, size))
     return level
+
+
+def _too_large(path: Path, size: tuple[int, int], kind: str, piece: int) -> str:
+    return (
+        f"{path}: {size[0]} x {size[1]} px packed ({kind}) in pieces of {piece / 2**30:.1f} GiB, "
+        f"too large to decode for a tile; {CONVERT}"
+    )
 
 
 def _properties(file: tifffile.TiffFile, level: _Level) -> dict[str, str]:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxhisto import __version__
 from jaxhisto.config import TileConfig
+from jaxhisto.console import warn
+from jaxhisto.data.store import dataset_of
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
 from jaxhisto.settings import check, identity
-from jaxhisto.slides import pool
+from jaxhisto.slides import beam_engine, pool
+from jaxhisto.slides.cohort_report import same_content, write_report
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
-from jaxhisto.slides.pixel_size import GivenPixelSize
+from jaxhisto.slides.disk import check_disk
+from jaxhisto.slides.finding import find_slides, linked_twice, misspelt, processes_of
 from jaxhisto.slides.progress import Progress
-from jaxhisto.slides.reader import SUFFIXES, dicom_series
-from jaxhisto.slides.report import page
 
+LINES = 60  # of a kind that are printed; report.csv has all
 # Per slide, not per store: a slide is cut again when its own pixel size has changed.
 PER_SLIDE = {"slides", "out", "mpp", "mpp_source"}
 
@@ -59,21 +60,30 @@ class TileResult:
         return int(len(self.failures) > self.failures_allowed)
 
     def summary(self) -> list[str]:
-        """Lines for a person."""
+        """Lines for a person: each slide, or of a cohort each dataset."""
         slides = self.manifest["slides"]
-        lines = [
-            f"{s['id']}: {s['tiles']} tiles at {s['tile_mpp']:.4g} um/px ({s['mpp_source']}); "
-            f"rejected {rejections(s['rejected'])}"
-            for s in slides
-        ]
-        lines += [f"{s['id']}: note: {note}" for s in slides for note in s["notes"]]
-        lines += [f"failed: {failure.reason}" for failure in self.failures]
+        one_by_one = len(slides) <= LINES
+        lines = [_slide_line(s) for s in slides] if one_by_one else self._dataset_lines()
+        notes = [f"{s['id']}: note: {note}" for s in slides for note in s["notes"]]
+        lines += [*_few(notes)]
+        lines += _few([f"failed: {failure.reason}" for failure in self.failures])
+        if twins := same_content(self.manifest):
+            lines.append(f"note: {len(twins)} slides have the same bytes as another one")
         reused = f", {self.reused} of them from an earlier run" if self.reused else ""
         failed = f", {len(self.failures)} failed" if self.failures else ""
         return [
             *lines,
             f"{self.store}: {self.manifest['tiles']} tiles of {len(slides)} slides{reused}{failed}"
             f"; look at {self.store / 'report.html'}",
+        ]
+
+    def _dataset_lines(self) -> list[str]:
+        counts: dict[str, list[int]] = {}
+        for slide in self.manifest["slides"]:
+            counts.setdefault(dataset_of(self.manifest, slide), []).append(slide["tiles"])
+        return [
+            f"{name}: {sum(tiles):,} tiles of {len(tiles):,} slides"
+            for name, tiles in sorted(counts.items())
         ]
 
 
@@ -92,10 +102,22 @@ def tile(config: TileConfig) -> TileResult:
     store = Path(config.out)
     jobs = find_slides(config)
     settings = {k: v for k, v in identity(config).items() if k not in PER_SLIDE}
-    with StoreWriter(store, settings) as writer, Progress(len(jobs)) as progress:
+    if not config.dataset_by_folder:  # stores from before there were these settings stay the same
+        del settings["dataset_by_folder"]
+    if not config.passthrough:
+        del settings["passthrough"]
+    notes = [
+        *misspelt({job.dataset or config.dataset for job in jobs}),
+        *linked_twice(jobs),
+    ]
+    for note in notes:  # before hours of work
+        warn(f"note: {note}")
+    with StoreWriter(store, settings) as writer:
         _refuse_shrinking(writer, jobs)
         jobs = [dataclasses.replace(job, known=writer.finished(job.id)) for job in jobs]
-        cuts, failures = _cut_all(jobs, config, progress)
+        check_disk(jobs, config, writer.stored_bytes(), processes_of(config))
+        with Progress(len(jobs)) as progress:
+            cuts, failures = _cut_all(jobs, config, progress)
         if not cuts:
             raise SlideError(_all_failed(failures))
         facts = {
@@ -105,9 +127,21 @@ def tile(config: TileConfig) -> TileResult:
             "failures": [dataclasses.asdict(f) for f in failures],
         }
         records = [cut.record for _, cut in sorted(cuts.items())]
-        manifest = writer.finish(records, facts, lambda m: page(m, store / "report"))
+        manifest = writer.finish(records, facts, lambda m: write_report(m, store, notes))
     reused = sum(cut.reused for cut in cuts.values())
     return TileResult(store, manifest, tuple(failures), config.failures_allowed, reused)
+
+
+def _slide_line(slide: dict[str, Any]) -> str:
+    return (
+        f"{slide['id']}: {slide['tiles']} tiles at {slide['tile_mpp']:.4g} um/px "
+        f"({slide['mpp_source']}); rejected {rejections(slide['rejected'])}"
+    )
+
+
+def _few(lines: list[str]) -> list[str]:
+    more = [f"and {len(lines) - LINES:,} more such lines, in report.csv"]
+    return lines[:LINES] + (more if len(lines) > LINES else [])
 
 
 def rejections(rejected: dict[str, int]) -> str:
@@ -121,84 +155,6 @@ def checked(config: TileConfig) -> TileConfig:
     if not config.slides:
         raise ConfigError("no slides given: name slides, or folders that hold them")
     return dataclasses.replace(config, dataset=config.dataset or Path(config.out).resolve().name)
-
-
-def find_slides(config: TileConfig) -> list[Job]:
-    """One job a slide, sorted by slide id, which is its name relative to the folder given.
-
-    Raises:
-      SlideError: a path that is not there, a folder without slides, or one id for two slides.
-    """
-    found: dict[str, Job] = {}
-    for name in config.slides:
-        root = Path(name)
-        folder = root if os.path.isdir(root) else root.parent
-        for path in _slides_below(root):
-            folders = tuple(dict.fromkeys((path.parent, folder)))
-            given = GivenPixelSize(config.mpp, config.mpp_source, folders)
-            job = Job(path, path.relative_to(folder).as_posix(), given, config)
-            # Not Path.resolve: Python 3.11's raises on a link that leads to itself.
-            found.setdefault(os.path.realpath(path), job)
-    jobs = sorted(_one_a_series(list(found.values()), config), key=lambda job: job.id)
-    for a, b in itertools.pairwise(jobs):
-        if a.id == b.id:
-            raise SlideError(
-                f"{a.path} and {b.path}: both would be called {a.id}; give the folder above both, "
-                "or rename one"
-            )
-    return jobs
-
-
-def _slides_below(root: Path) -> list[Path]:
-    if os.path.isfile(root):  # not Path.is_file: it raises on a name that is too long
-        return [root]
-    if not os.path.isdir(root):
-        raise SlideError(f"{root}: is not there; check the path")
-    paths = [
-        Path(folder) / name
-        for folder, _, names in os.walk(root, onerror=_unreadable_folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
-    if not paths:
-        raise SlideError(
-            f"{root}: holds no slide (looked for {' '.join(SUFFIXES)}, in its folders too); give "
-            "a folder with slides"
-        )
-    return sorted(paths)
-
-
-def _unreadable_folder(error: OSError) -> None:
-    raise SlideError(f"{error.filename}: cannot be read ({error.strerror}); check its rights")
-
-
-def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:
-    """One job for all files of a DICOM series in a folder: OpenSlide opens them together."""
-    by_folder: dict[Path, list[Job]] = {}
-    for job in jobs:
-        if job.path.suffix.lower() == ".dcm":
-            by_folder.setdefault(job.path.parent, []).append(job)
-    many = [job for group in by_folder.values() if len(group) > 1 for job in group]
-    if not many:
-        return jobs
-    answers = pool.run(
-        dicom_series, [j.path for j in many], _processes(config), config.slide_timeout
-    )
-    series: dict[tuple[Path, str], list[Job]] = {}
-    for answer in sorted(answers, key=lambda a: many[a.index].id):
-        job = many[answer.index]
-        series.setdefault((job.path.parent, answer.value or job.id), []).append(job)
-    whole = [
-        dataclasses.replace(files[0], others=tuple(job.path for job in files[1:]))
-        for files in series.values()
-    ]
-    return [job for job in jobs if job not in many] + whole
-
-
-def _processes(config: TileConfig) -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return config.processes or len(os.sched_getaffinity(0))
-    return config.processes or os.cpu_count() or 1
 
 
 def _refuse_shrinking(writer: StoreWriter, jobs: Sequence[Job]) -> None:
@@ -217,7 +173,7 @@ def _cut_all(
     """Cuts every slide; a failing one costs only itself, an unwritable store ends the run."""
     cuts: dict[str, Cut] = {}
     failures: list[Failure] = []
-    answers = pool.run(cut_slide, jobs, _processes(config), config.slide_timeout)
+    answers = _answers(jobs, config)
     with contextlib.closing(answers):  # ends the processes at once when the store cannot be written
         for answer in answers:
             job = jobs[answer.index]
@@ -235,12 +191,19 @@ def _cut_all(
     return cuts, sorted(failures, key=lambda failure: failure.slide)
 
 
+def _answers(jobs: list[Job], config: TileConfig) -> Generator[pool.Answer[Cut], None, None]:
+    """`cut_slide` of each job, in local processes or on a Beam runner."""
+    if config.beam:
+        return beam_engine.run(cut_slide, jobs, Path(config.out), config.beam, config.slide_timeout)
+    return pool.run(cut_slide, jobs, processes_of(config), config.slide_timeout)
+
+
 def _reason(job: Job, error: Exception | None) -> str:
     """One sentence that names the slide by its id: the store must not depend on where it lay."""
     if isinstance(error, JaxhistoError):
         return str(error).replace(str(job.path), job.id)
     if isinstance(error, pool.TooSlow):
-        return f"{job.id}: {error}; raise --slide-timeout, or leave the slide out"
+        return f"{job.id}: {error}, twice; raise --slide-timeout, or leave the slide out"
     if isinstance(error, pool.ProcessDied):
         return (
             f"{job.id}: {error}, twice: the file is damaged or memory ran out; lower --processes, "

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from jaxhisto.cli import main
-from jaxhisto.data.catalog import known_datasets, read_catalog, select, terms
+from jaxhisto.data.catalog import doubts, known_datasets, read_catalog, select, terms
 from jaxhisto.errors import ConfigError, StoreError
 
 
@@ -123,6 +123,27 @@ def test_a_bad_table_is_refused(tmp_path, text, said) -> None:
         known_datasets(str(tmp_path / "mine.csv"))
     with pytest.raises(StoreError, match=r"other\.csv: cannot be read"):
         known_datasets(str(tmp_path / "other.csv"))
+
+
+def test_rows_spelt_almost_as_known_ones_are_named_and_new_ones_are_not(tmp_path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text(
+        "dataset,organ,stain\nHER2TS,braest,H&E\nmine,tongue,HE&\nTCGA-LUAD,,\nlater,lung,IHC\n"
+    )
+    given = ["TCGA-BRAC", "HER2ST", "mine", "entirely new", "glas 2015"]
+    assert doubts(given, str(table)) == [
+        f"TCGA-BRAC: is not in the catalogue nor in {table}; did you mean 'TCGA-BRCA'?",
+        f"{table}: HER2TS is none of the datasets given; did you mean 'HER2ST'?",
+        f"{table}: the organ of HER2TS, braest, is no other dataset's; did you mean 'breast'?",
+    ]
+    assert doubts(["tcga_brca", "entirely new"]) == []
+    assert doubts(["TCGA-BRAC"]) == [
+        "TCGA-BRAC: is not in the catalogue; did you mean 'TCGA-BRCA'?"
+    ]
+
+
+def test_no_name_of_the_catalogue_is_taken_for_another() -> None:
+    assert doubts(row.name for row in read_catalog()) == []
 
 
 def test_no_organ_at_all_is_no_organ() -> None:

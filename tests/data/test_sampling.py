@@ -385,3 +385,10 @@ def test_a_list_is_written_once_and_never_replaced(tmp_path: Path, capsys) -> No
     assert out.read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == ["l.jsonl"]
     assert read_manifest(out).hash == json.loads(before.splitlines()[0])["sha256"]
+
+
+def test_a_misspelt_dataset_is_drawn_and_noted(tmp_path, capsys) -> None:
+    path = store(tmp_path / "s", "TCGA-BRAC", a=40)
+    assert main(["sample", str(path), "--per-dataset", "5", "--out", str(tmp_path / "l")]) == 0
+    said = "note: TCGA-BRAC: is not in the catalogue; did you mean 'TCGA-BRCA'?"
+    assert said in capsys.readouterr().out.splitlines()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -16,7 +19,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxhisto.data import store_writer
+from jaxhisto.data import compaction
+from jaxhisto.data.held import part_file
 from jaxhisto.data.store import TileStore, is_store, manifest_hash
 from jaxhisto.data.store_writer import (
     StoreWriter,
@@ -45,7 +49,7 @@ def add(store: Path, slide: str, n: int) -> dict:
     )
     part = write_part(store, slide, tiles)
     record = {"id": slide, "tiles": n, "tile_mpp": 0.499}
-    record["part"] = {k: part[k] for k in ("bytes", "sha256")}
+    record["part"] = {k: part[k] for k in ("bytes", "sha256", "records")}
     write_record(store, record)
     return record
 
@@ -99,8 +103,9 @@ def test_threads_and_copies_read_the_same(tmp_path):
             assert images == [alone[i] for i in order]
 
 
-def test_few_open_files_serve_many_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxhisto.data.store.OPEN_PARTS", 2)
+def test_few_open_files_serve_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxhisto.data.store.OPEN_SHARDS", 2)
+    monkeypatch.setattr(compaction, "SHARD_BYTES", 1)
     write(tmp_path / "s", **{f"s{i}": 2 for i in range(6)})
     store = TileStore(tmp_path / "s")
     before = len(os.listdir("/proc/self/fd"))
@@ -139,9 +144,9 @@ def test_an_edited_manifest_is_refused(tmp_path):
         TileStore(tmp_path / "s")
 
 
-def test_a_damaged_or_missing_part_is_refused(tmp_path):
+def test_a_damaged_or_missing_shard_is_refused(tmp_path):
     manifest = write(tmp_path / "s", a=3)
-    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
+    part = tmp_path / "s" / manifest["shards"][0]["file"]
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
@@ -153,9 +158,9 @@ def test_a_damaged_or_missing_part_is_refused(tmp_path):
         TileStore(tmp_path / "s", verify=False)
 
 
-def test_a_record_that_cannot_be_read_names_its_part(tmp_path):
+def test_a_record_that_cannot_be_read_names_its_shard(tmp_path):
     manifest = write(tmp_path / "s", a=3)
-    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
+    part = tmp_path / "s" / manifest["shards"][0]["file"]
     part.write_bytes(b"\xff" * part.stat().st_size)
 
     with pytest.raises(StoreError, match=f"{part.name}: tile 0 cannot be read"):
@@ -164,12 +169,15 @@ def test_a_record_that_cannot_be_read_names_its_part(tmp_path):
 
 @pytest.mark.parametrize("was_read", [False, True])
 @pytest.mark.parametrize("change", ["replaced", "edited", "removed"])
-def test_a_part_that_changed_since_opening_is_refused_by_name(tmp_path, change, was_read):
-    """Also where the new part is a sound one, which no checksum of its own would tell."""
+def test_a_shard_that_changed_since_opening_is_refused_by_name(
+    tmp_path, monkeypatch, change, was_read
+):
+    """Also where the new shard is a sound one, which no checksum of its own would tell."""
+    monkeypatch.setattr(compaction, "SHARD_BYTES", 1)
     manifest = write(tmp_path / "s", a=3, b=2)
     other = write(tmp_path / "t", a=4)
-    part = tmp_path / "s" / manifest["slides"][0]["part"]["file"]
-    theirs = tmp_path / "t" / other["slides"][0]["part"]["file"]
+    part = tmp_path / "s" / manifest["shards"][0]["file"]
+    theirs = tmp_path / "t" / other["shards"][0]["file"]
     store = TileStore(tmp_path / "s")
     if was_read:
         assert store[0]["slide"] == "a"
@@ -203,43 +211,234 @@ def test_the_hash_is_of_canonical_json():
     )
 
 
-@pytest.mark.parametrize("stop_at", range(1, 12))
-def test_a_stop_between_any_two_renames_is_undone(tmp_path, monkeypatch, stop_at):
-    """Extends a store, stops at the nth rename, and starts again."""
-    write(tmp_path / "s", a=3, c=2)
-    whole = write(tmp_path / "t", a=3, b=4, c=2)
-    real, count = os.replace, 0
+class Stops:
+    """Ends the run at the nth change of a folder: rename, link, deletion or new file name."""
 
-    def stopping(source: Path, target: Path) -> None:
-        nonlocal count
-        count += 1
-        if count == stop_at:
-            raise KeyboardInterrupt
-        real(source, target)
+    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
+        self.at, self.count = at, 0
+        for name in ("replace", "link", "unlink"):
+            patch.setattr(os, name, self._counted(getattr(os, name)))
 
-    def extend() -> dict:
-        with StoreWriter(tmp_path / "s", {"seed": 0}) as writer:
-            records = []
-            for slide, n in {"a": 3, "b": 4, "c": 2}.items():
-                records.append(writer.finished(slide) or add(tmp_path / "s", slide, n))
-            for record in records:
-                record["part"].pop("file", None)
-            return writer.finish(records, FACTS, lambda manifest: "<html>")
+    def _counted(self, real):
+        def change(*args, **kwargs):
+            if Path(os.fspath(args[0])).name not in ("lock", "settings.json"):
+                self.count += 1
+                if self.count >= self.at:
+                    raise KeyboardInterrupt
+            return real(*args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(store_writer.os, "replace", stopping)
-        try:
-            extend()
-        except KeyboardInterrupt:
-            stopped = True
-        else:
-            stopped = False
-    if is_store(tmp_path / "s"):
-        assert len(TileStore(tmp_path / "s")) in (5, 9)
-    assert stopped == (stop_at <= count)
-    assert extend()["hash"] == whole["hash"] == TileStore(tmp_path / "s").hash
-    names = {p.name for p in (tmp_path / "s").iterdir()}
-    assert names == {p.name for p in (tmp_path / "t").iterdir()}
+        return change
+
+
+def cut(store: Path, slides: dict[str, int]) -> tuple[dict, list[str]]:
+    """One run: what is finished is kept. Returns the manifest and the slides that were cut."""
+    new = []
+    with StoreWriter(store, {"seed": 0}) as writer:
+        records = []
+        for slide, n in sorted(slides.items()):
+            known = writer.finished(slide)
+            if not known or known["tiles"] != n:
+                new.append(slide)
+                known = add(store, slide, n)
+            records.append(known)
+        return writer.finish(records, FACTS, lambda manifest: "<html>"), new
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in store.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of two or three made slides."""
+    monkeypatch.setattr(compaction, "SHARD_BYTES", 400_000)
+
+
+MANY = {f"s{i:02d}": 2 + i % 5 for i in range(12)}
+FEWER = {slide: n for slide, n in MANY.items() if slide not in ("s03", "s04", "s09")}
+
+
+def test_slides_share_shards_and_tfds_reads_them(tmp_path, small_shards):
+    manifest, _ = cut(tmp_path / "s", MANY)
+    store = TileStore(tmp_path / "s")
+    source = tfds.builder_from_directory(tmp_path / "s").as_data_source(split="train")
+
+    files = sorted((tmp_path / "s").glob("*.array_record*"))
+    assert [f.name for f in files] == [shard["file"] for shard in manifest["shards"]]
+    assert 3 <= len(files) <= 8
+    assert not (tmp_path / "s" / "unfinished").exists()
+    assert len(source) == len(store) == sum(MANY.values())
+    for i, slide in enumerate(store.slides()):
+        assert source[i]["slide"].decode() == store[i]["slide"] == slide
+        assert source[i]["y"] == store[i]["y"]
+
+
+def test_grain_reads_the_store_with_no_code_of_ours(tmp_path, small_shards):
+    import grain
+
+    manifest, _ = cut(tmp_path / "s", MANY)
+    source = tfds.builder_from_directory(tmp_path / "s").as_data_source(split="train")
+    read = list(grain.MapDataset.source(source).map(lambda tile: tile["slide"].decode()))
+    assert read == TileStore(tmp_path / "s").slides()
+    files = [str(tmp_path / "s" / shard["file"]) for shard in manifest["shards"]]
+    with grain.sources.ArrayRecordDataSource(files) as records:
+        assert len(records) == len(read)
+        assert all(slide.encode() in records[i] for i, slide in enumerate(read))
+
+
+def test_the_manifest_places_and_sums_each_slide(tmp_path, small_shards):
+    """Read with ArrayRecord alone; the sum restated: records after their lengths."""
+    import hashlib
+
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    manifest, _ = cut(tmp_path / "s", MANY)
+    assert [s["id"] for s in manifest["slides"]] == sorted(MANY)
+    for slide in manifest["slides"]:
+        reader = ArrayRecordReader(str(tmp_path / "s" / manifest["shards"][slide["shard"]]["file"]))
+        rows = reader.read(slide["row"], slide["row"] + slide["tiles"])
+        text = b"".join(len(row).to_bytes(8, "little") + row for row in rows)
+        assert hashlib.sha256(text).hexdigest() == slide["part"]["records"]
+        assert all(slide["id"].encode() in row for row in rows)
+        assert len(rows) == MANY[slide["id"]]
+        reader.close()
+
+
+def test_a_change_elsewhere_leaves_most_shards_as_they_are():
+    slides = [{"id": f"{i:05d}", "part": {"bytes": 3_500_000 + i}} for i in range(5000)]
+    before = compaction.plan(slides)
+    after = compaction.plan([*slides[:1000], *slides[1001:3000], slides[0], *slides[3000:]])
+
+    assert [slide for shard in before for slide in shard] == slides
+    sizes = [sum(slide["part"]["bytes"] for slide in shard) for shard in before]
+    assert max(sizes) <= compaction.SHARD_BYTES
+    assert min(sizes[:-1]) >= compaction.SHARD_BYTES // 4
+    assert 40 <= len(before) <= 70
+    new = [shard for shard in after if shard not in before]
+    assert 2 <= len(new) <= 8
+
+
+def test_an_extended_store_keeps_the_shards_that_have_not_changed(tmp_path, small_shards):
+    cut(tmp_path / "s", FEWER)
+    was = {p.stat().st_ino for p in (tmp_path / "s").glob("*.array_record*")}
+    manifest, new = cut(tmp_path / "s", MANY)
+
+    assert new == ["s03", "s04", "s09"]
+    assert was & {p.stat().st_ino for p in (tmp_path / "s").glob("*.array_record*")}
+    assert manifest == cut(tmp_path / "t", MANY)[0]
+    assert content(tmp_path / "s") == content(tmp_path / "t")
+
+
+def test_without_hard_links_shards_are_copied(tmp_path, small_shards, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    cut(tmp_path / "s", FEWER)
+    cut(tmp_path / "s", MANY)
+    cut(tmp_path / "t", MANY)
+    assert content(tmp_path / "s") == content(tmp_path / "t")
+
+
+@pytest.mark.parametrize("change", ["first", "extended"])
+def test_a_stop_at_any_moment_leaves_a_store_and_loses_no_slide(
+    tmp_path, small_shards, monkeypatch, change
+):
+    """Stops at each change of the folder in turn, looks, and starts again."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no test of the disk, and a second each
+    if change == "first":
+        before, after = {}, dict(list(MANY.items())[6:])
+    else:
+        before, after = FEWER | {"s05": 1}, MANY  # three new slides, and one that has changed
+    cut(tmp_path / "whole", after)
+    if before:
+        cut(tmp_path / "old", before)
+    for at in range(1, 500):
+        store = tmp_path / f"s{at}"
+        if before:
+            shutil.copytree(tmp_path / "old", store)
+        with monkeypatch.context() as patch:
+            stops = Stops(patch, at)
+            with suppress(KeyboardInterrupt):
+                cut(store, after)
+        # Alive is what has its entry, and what the old store holds as it should be.
+        finished = {json.loads(p.read_text())["id"] for p in entries(store)}
+        finished |= {s for s, n in before.items() if after[s] == n}
+        if before or is_store(store):
+            read = TileStore(store)
+            assert len(read) in (sum(before.values()), sum(after.values()))
+            source = tfds.builder_from_directory(store).as_data_source(split="train")
+            assert len(source) in (sum(before.values()), sum(after.values()))
+            assert source[len(source) - 1]["slide"].decode() == "s11"
+            if len(read) == sum(after.values()):
+                finished = set(after)
+        _, new = cut(store, after)
+        assert not finished & set(new)
+        assert content(store) == content(tmp_path / "whole")
+        assert not (store / "unfinished").exists()
+        if stops.count < at:
+            break
+        shutil.rmtree(store)
+    assert 20 < at < 499
+
+
+def entries(store: Path) -> list[Path]:
+    return [p for p in store.glob("unfinished/*.json") if re.fullmatch("[0-9a-f]{20}", p.stem)]
+
+
+def test_damaged_tiles_are_cut_again_and_no_others(tmp_path, small_shards):
+    manifest, _ = cut(tmp_path / "s", MANY)
+    good = content(tmp_path / "s")
+    file = tmp_path / "s" / manifest["shards"][1]["file"]
+    inside = [s["id"] for s in manifest["slides"] if s["shard"] == 1]
+    file.write_bytes(file.read_bytes()[:-9] + b"rotten by")
+    with pytest.raises(StoreError, match="is damaged"):
+        TileStore(tmp_path / "s")
+
+    assert cut(tmp_path / "s", MANY)[1] == inside
+    assert content(tmp_path / "s") == good
+
+
+def test_a_part_that_rots_before_compaction_is_named_and_cut_again(tmp_path):
+    with StoreWriter(tmp_path / "s", {"seed": 0}) as writer:
+        records = [add(tmp_path / "s", slide, 3) for slide in "ab"]
+        other = part_file(tmp_path / "s", "a").read_bytes()
+        part_file(tmp_path / "s", "b").write_bytes(other)  # sound, but another slide's
+        with pytest.raises(StoreError, match=r"the tiles of b are not those .* cut anew"):
+            writer.finish(records, FACTS, lambda manifest: "<html>")
+    assert cut(tmp_path / "s", {"a": 3, "b": 3})[1] == ["b"]
+
+
+def test_a_store_of_the_first_format_is_read_and_extended(tmp_path, small_shards):
+    """One part a slide, named in its entry."""
+    new = tmp_path / "new"
+    old = as_first_format(new, tmp_path / "old", FEWER)
+    store = TileStore(old)
+    assert store.slides() == [s for s, n in FEWER.items() for _ in range(n)]
+    assert [store[i] for i in range(len(store))] == [TileStore(new)[i] for i in range(len(store))]
+
+    assert cut(old, MANY)[1] == ["s03", "s04", "s09"]
+    cut(tmp_path / "fresh", MANY)
+    assert content(old) == content(tmp_path / "fresh")
+
+
+def as_first_format(new: Path, old: Path, slides: dict[str, int]) -> Path:
+    """Writes what the first version wrote, beside the same store of today."""
+    old.mkdir()
+    with StoreWriter(new, {"seed": 0}) as writer:
+        records = [add(new, slide, n) for slide, n in slides.items()]
+        listed = []
+        for i, record in enumerate(records):
+            name = f"my_set-train.array_record-{i:05d}-of-{len(records):05d}"
+            shutil.copy(part_file(new, record["id"]), old / name)
+            part = {k: record["part"][k] for k in ("bytes", "sha256")}
+            listed.append({**record, "part": {**part, "file": name}})
+        writer.finish(records, FACTS, lambda manifest: "<html>")
+    manifest = {"format": "jaxhisto-tiles-1", **FACTS, "settings": {"seed": 0}, "slides": listed}
+    manifest["tiles"] = sum(slides.values())
+    manifest["hash"] = manifest_hash(manifest)
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    return old
 
 
 @pytest.mark.parametrize(

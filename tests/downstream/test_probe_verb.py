@@ -157,6 +157,16 @@ def test_features_that_are_no_numbers_or_not_there(place, jaxhisto, tmp_path):
     said = refusal(jaxhisto("probe", broken, *task))
     assert said.startswith(f"jaxhisto probe: {name}: ")
     assert "not finite" in said
+    numbers = tmp_path / "numbers.csv"
+    numbers.write_text("file,n\n" + "".join(f"{i:02d}.png,{i}\n" for i in range(20)))
+    light = ("--task.data", place / "images" / "light", "--task.labels", numbers)
+    light = (*light, "--task.target", "n", *task[2:])
+    with h5py.File(broken, "r+") as file:  # as of two folders of one name
+        file["features"][3, 5] = 0
+        file["names"][:] = [n.removeprefix("light/") for n in file["names"].asstr()[:]]
+        file["names"][0] = "05.png"
+    said = refusal(jaxhisto("probe", broken, *light))
+    assert "has 1 names twice (the first, 05.png)" in said
     broken.write_bytes(broken.read_bytes()[:3000])
     assert "is no whole file of features" in refusal(jaxhisto("probe", broken, *task))
     absent = tmp_path / "absent.h5"

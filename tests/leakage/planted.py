@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from jaxhisto.data.store_writer import StoreWriter, Tile, encode_jpeg, write_part, write_record
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "leakage.py"
 
 
@@ -44,3 +46,19 @@ def save(folder: Path, images: Mapping[str, np.ndarray], **options: object) -> P
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name, **options)
     return folder
+
+
+def write_store(path, slides):
+    """A finished store of 128 px tiles, one part a slide."""
+    with StoreWriter(path, {}) as writer:
+        records = []
+        for slide, tiles in slides.items():
+            jpegs = [encode_jpeg(np.ascontiguousarray(t), 95, "4:4:4") for t in tiles]
+            listed = [Tile(j, slide, "made", 0, i, 0.5, "flag") for i, j in enumerate(jpegs)]
+            part = write_part(path, slide, listed)
+            entry = {"bytes": part["bytes"], "sha256": part["sha256"]}
+            records.append({"id": slide, "tile_mpp": 0.5, "tiles": part["tiles"], "part": entry})
+            write_record(path, records[-1])
+        facts = {"dataset": "made", "tile_px": 128, "failures": [], "code_version": "0"}
+        writer.finish(records, facts, lambda manifest: "<html></html>")
+    return path

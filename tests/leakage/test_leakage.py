@@ -9,13 +9,12 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from planted import changes, save, tissue
+from planted import changes, save, tissue, write_store
 
 from jaxhisto import settings
 from jaxhisto.cli import main
 from jaxhisto.config import DataConfig, PretrainConfig
 from jaxhisto.data.sources import open_tiles
-from jaxhisto.data.store_writer import StoreWriter, Tile, encode_jpeg, write_part, write_record
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.file_config import LeakageConfig
 from jaxhisto.leakage.check import check
@@ -41,22 +40,6 @@ def leakage(pretraining, *against, out, **settings):
 def rows(out):
     with (out / "pairs.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def write_store(path, slides):
-    """A finished store of 128 px tiles, one part a slide."""
-    with StoreWriter(path, {}) as writer:
-        records = []
-        for slide, tiles in slides.items():
-            jpegs = [encode_jpeg(np.ascontiguousarray(t), 95, "4:4:4") for t in tiles]
-            listed = [Tile(j, slide, "made", 0, i, 0.5, "flag") for i, j in enumerate(jpegs)]
-            part = write_part(path, slide, listed)
-            entry = {"bytes": part["bytes"], "sha256": part["sha256"]}
-            records.append({"id": slide, "tile_mpp": 0.5, "tiles": part["tiles"], "part": entry})
-            write_record(path, records[-1])
-        facts = {"dataset": "made", "tile_px": 128, "failures": [], "code_version": "0"}
-        writer.finish(records, facts, lambda manifest: "<html></html>")
-    return path
 
 
 @pytest.fixture(scope="module")

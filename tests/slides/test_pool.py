@@ -16,7 +16,9 @@ def work(job: tuple[str, str]) -> str:
     what, note = job
     if what == "fail":
         raise SlideError(note)
-    if what == "hang":
+    if what == "hang" or (what == "hang once" and not Path(note).exists()):
+        with Path(note).open("a") as file:
+            file.write("begun\n")
         time.sleep(60)
     if what == "always" or (what == "once" and not Path(note).exists()):
         Path(note).touch()
@@ -41,10 +43,14 @@ def test_each_job_costs_only_itself(tmp_path):
     assert "exit code -11" in str(answers[3].error)
 
 
-def test_a_job_that_hangs_is_ended():
+def test_a_job_that_hangs_is_ended_and_tried_once_more_after_the_others(tmp_path):
     began = time.monotonic()
-    answers = list(pool.run(work, [("hang", ""), ("plain", "")], processes=1, timeout=3))
+    jobs = [("hang", str(tmp_path / "a")), ("hang once", str(tmp_path / "b")), ("plain", "")]
+    answers = list(pool.run(work, jobs, processes=1, timeout=2))
 
-    assert isinstance(answers[0].error, pool.TooSlow)
-    assert answers[1].value == "plain done"
+    assert [answer.index for answer in answers] == [2, 0, 1]
+    assert [answer.value for answer in answers] == ["plain done", None, "hang once done"]
+    assert isinstance(answers[1].error, pool.TooSlow)
+    assert str(answers[1].error) == "took longer than 2 s"
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["begun\nbegun\n", "begun\n"]
     assert time.monotonic() - began < 30

@@ -13,7 +13,8 @@ from skimage.transform import resize
 
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.pixel_size import GivenPixelSize
-from jaxhisto.slides.reader import RegionError, Slide, content_hash
+from jaxhisto.slides.reader import RegionError, Slide
+from jaxhisto.slides.slide_files import content_hash
 
 READABLE = {
     "CMU-1-Small-Region.svs": (2220, 2967, 0.499),

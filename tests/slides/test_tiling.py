@@ -21,8 +21,9 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.store import TileStore, is_store
 from jaxhisto.errors import ConfigError, SlideError, StoreError
 from jaxhisto.settings import to_json
-from jaxhisto.slides.cutting import Grid, order
-from jaxhisto.slides.tiling import checked, find_slides, tile
+from jaxhisto.slides.choosing import Grid, order
+from jaxhisto.slides.finding import find_slides
+from jaxhisto.slides.tiling import checked, tile
 
 RUN = """
 import sys
@@ -79,6 +80,15 @@ def test_real_slides_yield_what_they_hold(real_store):
     for slide in by_id.values():
         across, down = -(-slide["width"] // 224), -(-slide["height"] // 224)
         assert slide["tiles"] + sum(slide["rejected"].values()) == across * down
+
+
+def test_the_bluish_slide_alone_is_said_to_want_another_detector(real_store):
+    fits = [line for line in real_store.summary() if "calls tissue" in line]
+
+    assert len(fits) == 1
+    assert fits[0].startswith("her2st_C2_pyramid.tiff: note: ciga2022 keeps 7")
+    assert fits[0].endswith("of what od calls tissue (bluish stain); try --foreground od")
+    assert [s["rejected"]["pen"] for s in real_store.manifest["slides"]] == [0] * 5
 
 
 def test_the_unreadable_slide_is_reported_and_the_others_go_on(real_store):
@@ -212,6 +222,25 @@ def test_a_changed_slide_is_cut_again_and_a_missing_one_refused(tmp_path):
     (tmp_path / "in" / "a.tif").unlink()
     with pytest.raises(StoreError, match=r"holds 1 slides that are not among .*a\.tif"):
         tile(config(tmp_path / "in", tmp_path / "s"))
+
+
+def test_a_slide_is_read_again_only_where_its_size_or_time_changed(tmp_path):
+    """As `make` has it: what hides its change is taken as it was. Also after a stopped run."""
+    path = write_slide(tmp_path / "a.tif", half_tissue(512, 512))
+    first = tile(config(path, tmp_path / "s"))
+    was = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    hidden = tile(config(path, tmp_path / "s"))
+    os.utime(path)
+    seen = tile(config(path, tmp_path / "s"))
+
+    assert (hidden.reused, seen.reused) == (1, 0)
+    assert hidden.manifest == first.manifest
+    assert seen.manifest["slides"][0]["sha256"] != first.manifest["slides"][0]["sha256"]
+    assert "stamp" not in json.dumps(seen.manifest)
+    os.utime(path)  # touched, and the same: read, and not cut again
+    assert tile(config(path, tmp_path / "s")).reused == 1
 
 
 def test_failing_slides_are_listed_and_taken_up_later(tmp_path):
