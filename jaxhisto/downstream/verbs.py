@@ -9,6 +9,8 @@ from jaxhisto.console import say, say_next, warn
 from jaxhisto.downstream_config import (
     ClusterConfig,
     EmbedConfig,
+    FinetuneConfig,
+    PredictConfig,
     ProbeConfig,
     RetrieveConfig,
     SheetConfig,
@@ -99,4 +101,33 @@ def sheet(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: tuple[Callable[[Sequence[str]], int], ...] = (embed, probe, cluster, retrieve, sheet, study)
+def finetune(argv: Sequence[str]) -> int:
+    """an encoder and a task -> the trained network, with its scores"""
+    config = parse(FinetuneConfig, argv, "finetune")
+    from jaxhisto.downstream.finetune import run_finetune
+
+    run_finetune(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict {quote(config.out)} IMAGES --out predictions.csv")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import run_predict
+
+    say(f"{config.out}: {run_predict(config):,} tiles")
+    return 0
+
+
+VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
+    embed,
+    probe,
+    finetune,
+    predict,
+    cluster,
+    retrieve,
+    sheet,
+    study,
+)
