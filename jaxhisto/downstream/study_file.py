@@ -30,6 +30,7 @@ OTHERS = {"finetune": "FinetuneConfig", "segment": "SegmentConfig"}
 OWN = ("encoder", "out", "task", "percent", "scarce", "repeat", "seed", "draws", "mean", "std")
 OWN_OF_TRAINING = ("seed", "devices", "threads")
 """Settings of these two that a cell, `[probe]` or the command line says."""
+UNET_STRIDE = 32
 COLUMN_OF = {
     "bach": "BACH",
     "breakhis": "BreakHis",
@@ -295,7 +296,13 @@ def _other(name: str, table: Table, where: str) -> Any:
     taken = [key for key in table.get("training", {}) if key in OWN_OF_TRAINING]
     if taken:
         raise ConfigError(f"{where}: {name}.training.{taken[0]}: is the study's; leave it out.")
-    return built(cls, {"encoder": "", "out": "", **table}, where, f"{name}.")
+    config: Any = built(cls, {"encoder": "", "out": "", **table}, where, f"{name}.")
+    if getattr(config, "crop_px", 0) % UNET_STRIDE:
+        raise ConfigError(
+            f"{where}: {name}.crop_px {config.crop_px}: a UNet halves its images five times; take "
+            f"a multiple of {UNET_STRIDE}."
+        )
+    return config
 
 
 def _refuse_name(name: str, group: str, where: str) -> None:

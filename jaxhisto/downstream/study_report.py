@@ -11,7 +11,7 @@ from typing import Any
 from jaxhisto.downstream.grids import Grid
 from jaxhisto.downstream.study_results import PARTS, TITLES, Found, Part
 from jaxhisto.downstream.study_tables import SHOWN, drawn
-from jaxhisto.slides.report import STYLE
+from jaxhisto.slides.report_parts import STYLE
 
 COLUMNS = 3
 MARKERS = "osD^vPX*<>"

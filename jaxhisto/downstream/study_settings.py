@@ -52,15 +52,20 @@ def finetune(cell: Cell) -> Outcome:
     module = importlib.import_module(MODULES["finetune"])
     with contextlib.redirect_stdout(io.StringIO()):  # a table a cell
         record = module.run_finetune(supervised(cell))
-    predictions = _predictions(cell)
-    return _outcome(record, predictions)
+    return _outcome(record, _predictions(cell))
 
 
 def segment(cell: Cell) -> Outcome:
-    """A UNet on the encoder, as `jaxhisto segment` trains and scores it."""
+    """A UNet on the encoder, as `jaxhisto segment` trains and scores it; no weights are kept."""
     module = importlib.import_module(MODULES["segment"])
+    config = supervised(cell)
     with contextlib.redirect_stdout(io.StringIO()):
-        record, matrices = module.trained_and_judged(supervised(cell))
+        windows = module.windows_of(config.crop_px, config.overlap_px, config.margin_px)
+        ready = module.prepare(config)
+        out = module.open_run(config.out, config, ready.facts())
+        fitted, *trees = module.train(config, ready, out)
+        matrices = module.judge(config, ready, windows, out, *trees)
+        record = module.result_of(config, ready, fitted, matrices)
     return _outcome(record, np.asarray(matrices))
 
 
