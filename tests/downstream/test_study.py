@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,14 @@ import pytest
 from made_sets import read_json, tissue, write_encoder, write_images
 
 from jaxhisto import cli
+from jaxhisto.config import PretrainConfig, TileConfig
 from jaxhisto.data.features import read_features
-from jaxhisto.downstream import study, study_cells, study_plan, study_settings
+from jaxhisto.downstream import paper_tables, study, study_cells, study_plan, study_settings
 from jaxhisto.downstream.study_file import read_study, shipped_studies
+from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import StoreError
+from jaxhisto.file_config import SampleConfig
+from jaxhisto.flags import parse
 
 FILE = """
 title = "Two sets"
@@ -222,9 +227,6 @@ def test_stopped_at_any_cell_it_goes_on_to_the_same_bytes(place, small, tmp_path
 
 def config_of(file, *flags):
     """What the verb parses."""
-    from jaxhisto.downstream_config import StudyConfig
-    from jaxhisto.flags import parse
-
     return parse(StudyConfig, [str(a) for a in (file, *flags)], "study", recipe=False)
 
 
@@ -427,12 +429,56 @@ def test_an_image_is_hashed_again_only_where_its_file_changed(place, tmp_path, m
 
 
 @pytest.mark.parametrize("name", sorted(shipped_studies()))
-def test_shipped_studies_are_read(name):
-    found = read_study(shipped_studies()[name])
-    assert found.title
-    assert "jaxhisto study" in shipped_studies()[name].read_text()
-    for cell_setting in found.settings:
-        assert cell_setting in study_settings.SETTINGS
+def test_shipped_studies_and_the_lines_that_make_their_runs_are_read(name, monkeypatch, tmp_path):
+    """Each `jaxhisto` line of the comments parses, and each run of a row is made by one of them."""
+    monkeypatch.chdir(tmp_path)
+    path = shipped_studies()[name]
+    found = read_study(path)
+    configs = {"tile": TileConfig, "sample": SampleConfig, "pretrain": PretrainConfig}
+    text = path.read_text().replace("\\\n# ", "")
+    lines = [shlex.split(line) for line in re.findall(r"^#   (jaxhisto .*)$", text, re.MULTILINE)]
+    outs = set()
+    for _, verb, *flags in lines:
+        if verb == "study":
+            parsed = parse(StudyConfig, flags, "study", recipe=False)
+            assert parsed.file == name
+        else:
+            outs.add(parse(configs[verb], flags, verb).out)
+    runs = {file for row in found.encoders.values() for file in row.files if "runs/" in file}
+    assert runs <= outs
+    for row in found.encoders.values():
+        table = found.paper or "D.7"
+        assert not row.paper or row.paper in paper_tables.rows_of(table), row
+    assert set(found.settings) <= set(study_settings.SETTINGS)
+
+
+@pytest.mark.slow
+def test_all_layers_are_trained_as_finetune_trains_them(place, tmp_path):
+    """The scores of a cell are those of the same `jaxhisto finetune` line."""
+    file = changed(
+        place,
+        tmp_path / "f.toml",
+        ('["linear", "last_layer"]', '["finetune"]'),
+        ('trained = ["a.safetensors", "b.safetensors"]', 'trained = "a.safetensors"'),
+        ("[50, 100]", "[50]"),
+        ("[tasks.shade]", "[finetune]\ntraining = {epochs = 2, batch = 8}\n\n[tasks.shade]"),
+    )
+    out = tmp_path / "out"
+    assert run(file, "--root", place, "--out", out, "--only", "shade/*") == 0
+    cells = rows(out / "tables" / "scores.csv")
+    assert [(c["setting"], c["encoder"], c["repeat"]) for c in cells] == [
+        ("finetune", "trained", "0"), ("finetune", "trained", "1")]  # fmt: skip
+    assert not list(out.glob("runs/*"))
+    line = ("finetune", place / "a.safetensors", "--task.data", place / "images", "--task.side", 32,
+            "--training.epochs", 2, "--training.batch", 8, "--training.seed", 1, "--percent", 50,
+            "--repeat", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert cli.main([str(a) for a in line]) == 0
+    theirs = read_json(tmp_path / "run" / "result.json")["test"]
+    for name, score in theirs.items():
+        assert float(cells[1][name]) == pytest.approx(score["value"])
+    numbers = rows(out / "tables" / "numbers-fine-tuned-paper.csv")
+    mean = np.mean([100 * float(c["macro_f1"]) for c in cells])
+    assert float(numbers[0]["mean"]) == pytest.approx(mean)
 
 
 @pytest.mark.usefixtures("no_figures")
