@@ -148,11 +148,9 @@ def prepare_kept(job: dict, work: Path) -> dict:
 def prepare_jaxhisto(job: dict, work: Path, **changes: object):
     import array_record.python.array_record_module  # noqa: F401
 
-    from jaxhisto.data import store_writer
     from jaxhisto.slides.cutting import Job, cut_slide
     from jaxhisto.slides.pixel_size import GivenPixelSize
 
-    store_writer._tfds()
     path, config = Path(job["slide"]), config_of(job, work, **changes)
 
     def timed() -> dict:

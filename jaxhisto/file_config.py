@@ -161,8 +161,8 @@ class LeakageConfig:
 
     pretraining: tuple[str, ...] = field(metadata=POSITIONAL)
     """A run folder of `jaxhisto pretrain`, a list of `jaxhisto sample`, or tile stores and image
-    folders."""
-    against: tuple[str, ...]
+    folders. After a run or a list the labelled sets may follow, in place of `against`."""
+    against: tuple[str, ...] = ()
     """The labelled sets: image folders, folders of class folders, tile stores."""
     out: str = ""
     """Folder of the report; empty: leakage-NAME in the run folder."""

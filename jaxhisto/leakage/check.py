@@ -54,6 +54,7 @@ def check(config: LeakageConfig) -> Result:
       RunError: a run whose data is not what it was.
     """
     names.read_patterns(config.patient_pattern, config.slide_pattern)
+    config = _sides(config)
     if not config.pretraining or not config.against:
         missing = "--against" if config.pretraining else "the pretraining data"
         raise ConfigError(
@@ -93,9 +94,22 @@ def check(config: LeakageConfig) -> Result:
     return Result(record, out, report.summary(record, out))
 
 
+def _sides(config: LeakageConfig) -> LeakageConfig:
+    """`jaxhisto leakage LIST LABELLED...`: a run or a list stands alone, so what follows is the
+    other side."""
+    first, *rest = config.pretraining or ("",)
+    if config.against or not rest or not (_is_run(first) or is_manifest(first)):
+        return config
+    return replace(config, pretraining=(first,), against=tuple(rest))
+
+
+def _is_run(path: str) -> bool:
+    return (Path(path) / "config.json").is_file()
+
+
 def _alone(paths: Sequence[str]) -> tuple[Path | None, Path | None]:
     """The run, or the list, that is asked about; neither of stores and folders."""
-    runs = [Path(p) for p in paths if (Path(p) / "config.json").is_file()]
+    runs = [Path(p) for p in paths if _is_run(p)]
     lists = [Path(p) for p in paths if is_manifest(p)]
     if runs and len(paths) > 1:
         raise ConfigError(f"{runs[0]}: is a run, which says its data itself; name it alone.")

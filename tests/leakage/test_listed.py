@@ -77,6 +77,18 @@ def test_exactly_the_listed_tiles_are_looked_at(drawn, tested, tmp_path, capsys)
     assert record["hash"] == open_tiles(data).hash
 
 
+def test_labelled_sets_may_follow_a_list(drawn, tested, tmp_path, capsys):
+    _, listed, sources = drawn
+    flags = ["--stores", *sources, *LEAK]
+    assert main(["leakage", str(listed), str(tested), *flags, "--out", str(tmp_path / "a")]) == 0
+    flags += ["--against", str(tested), "--out", str(tmp_path / "b")]
+    assert main(["leakage", str(listed), *flags]) == 0
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") != []
+    # Two folders say nothing of which is which.
+    assert main(["leakage", sources[1], str(tested), "--out", str(tmp_path / "c"), *LEAK]) == 2
+    assert "--against: nothing is named" in capsys.readouterr().err
+
+
 def test_patients_are_read_below_the_folder_alone(drawn, tmp_path):
     """The folder above says TCGA-XX-9999: it is no part of an image's name."""
     _, listed, sources = drawn
