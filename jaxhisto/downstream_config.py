@@ -354,6 +354,84 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SegmentConfig:
+    """Train a UNet on images with masks, on a ResNet encoder of any start."""
+
+    encoder: str = field(metadata=POSITIONAL)
+    """What the UNet's encoder starts from, as `embed` takes it; `random:resnet18` for none."""
+    out: str
+    """The run folder; the same again goes on where it was stopped."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    freeze: bool = False
+    """Train the decoder alone; the encoder's weights and running statistics stay (paper: no)."""
+    crop_px: int = within(256, 32, 4096)
+    """Side of the training crops, px of the images as they are; a multiple of 32. Ours."""
+    crops: int = within(1, 1, 4096)
+    """Crops of an image in an epoch, at random places. Ours."""
+    percent: float = within(100.0, 1e-9, 100)
+    """Percent of the training images that are used (paper: 5, 10, 20, 50, 100)."""
+    scarce: Literal["group", "image"] = "group"
+    """Whether few percent are few groups, or few images of each."""
+    repeat: int = within(0, 0, MANY)
+    """Number of the draw of these (paper: 5 repeats)."""
+    mpp: float | None = within(None, 1e-3, 1e3)
+    """Pixel size of the images in um/px, written into the UNet for use on slides; none: that of
+    the encoder's tiles, where its file says one alone."""
+    mean: tuple[float, float, float] | None = within(None, -10, 10)
+    """Of an encoder whose file does not say, as in `embed`."""
+    std: tuple[float, float, float] | None = within(None, 1e-3, 10)
+    """Likewise."""
+    overlap_px: int | None = within(None, 0, 4096)
+    """Of the windows that the test images are predicted in, as in `predict`."""
+    margin_px: int | None = within(None, 0, 4096)
+    """Likewise."""
+    draws: int = within(1000, 1, MANY)
+    """Bootstrap draws of the test images, or of their groups, for the intervals."""
+    licence: str = ""
+    """Licence of the weights, written into the UNet."""
+    keep_checkpoints: bool = field(default=False, metadata=OPERATIONAL)
+    """Keep the state of training after its end: 400 MB of a ResNet18's UNet."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Masks of images and whole slides from a trained UNet."""
+
+    inputs: tuple[str, ...] = field(metadata=POSITIONAL)
+    """Image files, whole slides, and folders of either."""
+    unet: str
+    """Run folder of `jaxhisto segment`, or a unet.safetensors."""
+    out: str
+    """Folder for NAME.mask.png (class ids), NAME.overlay.png and predictions.json."""
+    kind: Literal["auto", "images", "slides"] = "auto"
+    """Whether `inputs` are images or whole slides, where their names do not say (.tif)."""
+    tile_mpp: float | None = within(None, 0.01, 100)
+    """Pixel size at which slides are read, um/px; none: the UNet's own."""
+    mpp: float | None = within(None, 0.02, 100)
+    """Pixel size at level 0 in um/px for slides that do not state one."""
+    window_px: int = within(0, 0, 8192)
+    """Side of the windows, a multiple of 32; 0: of the UNet's training crops. Ours, as the next."""
+    overlap_px: int | None = within(None, 0, 8192)
+    """By which neighbouring windows overlap, a multiple of 32; none: half a window."""
+    margin_px: int | None = within(None, 0, 4096)
+    """Edge of a window that does not count where a neighbour has it too; none: an eighth of a
+    window. Between the margins windows are blended by sin^2."""
+    batch: int = within(8, 1, 4096)
+    """Windows that all devices take at a time."""
+    overlay: bool = True
+    """Also draw the mask over the image."""
+    overlay_px: int = within(2048, 64, 65536)
+    """Longest side of that picture; larger images are shrunk."""
+    opacity: float = within(0.4, 0, 1)
+    """Of the classes' colours in it."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to use; 0: all."""
+    force: bool = field(default=False, metadata=OPERATIONAL)
+    """Replace what is there under these names."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """An encoder and a linear layer trained on a task, all layers of them (paper: sec. 4.2)."""
 
@@ -382,12 +460,16 @@ class FinetuneConfig:
     """Of an encoder whose file does not say, as in `embed`."""
     std: tuple[float, float, float] | None = within(None, 1e-3, 10)
     """Likewise."""
+    licence: str = ""
+    """Licence of the trained weights, written into their file; empty: that of the encoder's."""
+    keep_checkpoints: bool = field(default=False, metadata=OPERATIONAL)
+    """Keep the state of training after its end: 450 MB of a ResNet18."""
     cache_gb: float = within(2.0, 0, 1e6, operational=True)
     """Images are kept in memory, resized, where they need no more than this, GB."""
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class ClassifyConfig:
     """What a fine-tuned encoder says of tiles, images or whole slides, as a CSV file."""
 
     model: str = field(metadata=POSITIONAL)

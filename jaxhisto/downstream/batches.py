@@ -44,8 +44,8 @@ def fitting_batch(batch: int, images: int, devices: int) -> int:
     if images >= batch:
         if batch % devices:
             raise RunError(
-                f"--batch {batch}: {devices} devices cannot share it; take a multiple, or fewer "
-                "--devices."
+                f"--training.batch {batch}: {devices} devices cannot share it; take a multiple, or "
+                "fewer --training.devices."
             )
         return batch
     # In eights, so that 1, 2, 4 and 8 devices train on the same batches.

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +121,8 @@ def _trained(
         verb="finetune",
         facts=facts.hashes(),
     )
-    predictions = {
-        part: predicted(learner, fitted, parts[part], targets, training.devices)
-        for part in HELD_OUT
-    }
+    held_out = {part: parts[part] for part in HELD_OUT}
+    predictions = predicted(learner, fitted, held_out, targets, training.devices)
     test = metrics.bootstrap(
         data.measure(),
         data.y[data.test],
@@ -140,6 +140,8 @@ def _trained(
         write_model(out, config, task, encoder, targets, params, stats, head, fitted, facts)
         write_predictions(out, task, data, predictions)
         write_atomically(out / RESULT, json.dumps(record, indent=1) + "\n")
+        if not config.keep_checkpoints:
+            shutil.rmtree(out / "checkpoints")
     say(table([found], data))
     return record
 
@@ -159,15 +161,18 @@ def parts_of(
 
 
 def predicted(
-    learner: Learner, fitted: Fitted, part: Part, targets: Targets, devices: int
-) -> NDArray[np.float64]:
-    """Probabilities (n, C) or numbers (n,) for a part's images, by the chosen weights."""
-    mesh = make_mesh(devices)
+    learner: Learner, fitted: Fitted, parts: Mapping[str, Part], targets: Targets, devices: int
+) -> dict[str, NDArray[np.float64]]:
+    """Probabilities (n, C) or numbers (n,) for each part's images, by the chosen weights."""
+    mesh, outcomes = make_mesh(devices), make_outcomes(learner)
     with jax.set_mesh(mesh):
         trees = (fitted.params, fitted.batch_stats, learner.fixed)
         params, stats, fixed = (replicate(tree, mesh) for tree in trees)
-        found = evaluate(make_outcomes(learner), params, stats, fixed, part, fitted.batch, mesh)
-    return targets.predictions(found["outputs"])
+        found = {
+            name: evaluate(outcomes, params, stats, fixed, part, fitted.batch, mesh)
+            for name, part in parts.items()
+        }
+    return {name: targets.predictions(of["outputs"]) for name, of in found.items()}
 
 
 def record_of(

@@ -151,7 +151,7 @@ def write_model(
         encoder.std,
         tile_px=config.task.side,
         mpp_range=None,
-        licence=encoder.licence,
+        licence=config.licence or encoder.licence,
         source={
             "file": Path(encoder.name).name,
             "sha256": encoder.sha256,

@@ -254,6 +254,19 @@ class Slide:
         left, top = int(x / downsample + 1e-6), int(y / downsample + 1e-6)
         return left, top, round(left * downsample), round(top * downsample)
 
+    def level_size(self, level: int) -> tuple[int, int]:
+        """Width and height of a level, px."""
+        return self._level_sizes[level]
+
+    def area(self, level: int, left: int, top: int, width: int, height: int) -> Pixels:
+        """(height, width, 4) RGBA of a level, in that level's pixels; alpha 0: not in the file.
+
+        Raises:
+          RegionError: it cannot be decoded.
+        """
+        ratio = self.downsamples[level]
+        return self._region(level, round(left * ratio), round(top * ratio), width, height)
+
     def _opaque(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         region = self._region(level, x, y, width, height)
         if region.shape[2] == 3:

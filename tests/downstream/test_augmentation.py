@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxhisto.distributed import make_mesh, to_global
-from jaxhisto.downstream.augmentation import apply_to_masks, augmented
+from jaxhisto.downstream.augmentation import apply_to_masks, augment_config, augmented
 from jaxhisto.downstream_config import TrainingConfig
 from jaxhisto.view_params import draw_views
 
@@ -50,22 +50,23 @@ def test_a_function_of_epoch_and_row() -> None:
 
 def test_crops_take_the_pixel_under_the_centre() -> None:
     """Oracle: a loop in NumPy over the drawn box, flips and turns."""
-    from jaxhisto.downstream.augmentation import augment_config
-
     config = augment_config(TrainingConfig(crop_area=(0.2, 0.9)))
     sizes = np.full((N, 2), SIDE, np.int32)
-    params = draw_views(jax.random.key(3), sizes, config, views=1)
     masks = squares()[1]
-    found = np.asarray(apply_to_masks(params, jax.numpy.asarray(masks)))
-    host = jax.tree.map(np.asarray, params)
+
+    def both(masks: jax.Array) -> tuple:
+        params = draw_views(jax.random.key(3), jax.numpy.asarray(sizes), config, views=1)
+        return params, apply_to_masks(params, masks)
+
+    params, found = jax.tree.map(np.asarray, jax.jit(both)(masks))
     for i in range(N):
-        top, left, height, width = host.crop[i, 0]
+        top, left, height, width = params.crop[i, 0]
         at = (np.arange(SIDE) + 0.5) / SIDE
         box = masks[i][top : top + height, left : left + width]
         rows, columns = (at * height).astype(int), (at * width).astype(int)
-        expected = np.rot90(box[np.ix_(rows, columns)], host.turns[i, 0])
-        expected = expected[::-1] if host.flip_y[i, 0] else expected
-        expected = expected[:, ::-1] if host.flip_x[i, 0] else expected
+        expected = np.rot90(box[np.ix_(rows, columns)], params.turns[i, 0])
+        expected = expected[::-1] if params.flip_y[i, 0] else expected
+        expected = expected[:, ::-1] if params.flip_x[i, 0] else expected
         differ = (found[i] != expected).mean()
         # A centre on the line between two pixels is rounded either way when it is flipped.
         on_line = max(np.isclose(at * n % 1, 0).mean() for n in (height, width))

@@ -231,6 +231,7 @@ def test_the_earliest_best_epoch_is_taken(
     assert not np.array_equal(seen[3], seen[2])
 
 
+@pytest.mark.slow
 def test_patience(tmp_path: Path) -> None:
     scores = iter((0.1, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5))
     config = replace(PLAIN, epochs=50, patience=2)
