@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -16,67 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_sets import read_json, tissue, write_encoder, write_images
+from made_sets import read_json, tissue, write_images
+from made_study import CELLS, FEW, FEWER, TRAINED, changed, make_place, rows, run
 
 from jaxhisto import cli
-from jaxhisto.config import PretrainConfig, TileConfig
 from jaxhisto.data.features import read_features
-from jaxhisto.downstream import paper_tables, study, study_cells, study_plan, study_settings
-from jaxhisto.downstream.study_file import read_study, shipped_studies
+from jaxhisto.downstream import study, study_cells, study_plan, study_settings
 from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import StoreError
-from jaxhisto.file_config import SampleConfig
 from jaxhisto.flags import parse
-
-FILE = """
-title = "Two sets"
-percents = [50, 100]
-repeats = 2
-draws = 100
-settings = ["linear", "last_layer"]
-
-[encoders]
-trained = ["a.safetensors", "b.safetensors"]
-"hand-made" = "handmade"
-
-[probe]
-epochs = 4
-embed_batch = 4
-
-[tasks.shade]
-data = "images"
-side = 32
-paper = "BACH"
-
-[tasks.brightness]
-data = "images"
-labels = "numbers.csv"
-target = "mean"
-group = "patient"
-side = 32
-"""
-CELLS = 2 * 3 * ((2 + 1) + (2 + 2))  # tasks x encoders x (linear + last layer) at two shares
-TRAINED = 'trained = ["a.safetensors", "b.safetensors"]'
-FEWER = (TRAINED, "")
-FEW = CELLS // 3  # of the study without these
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of two classes, their mean in a CSV file, encoders, a finished study; read only."""
-    place = tmp_path_factory.mktemp("study")
-    light, dark = tissue(16, 1, 190), tissue(16, 2, 165)
-    images = {f"light/{i:02d}.png": x for i, x in enumerate(light)}
-    images |= {f"dark/{i:02d}.png": x for i, x in enumerate(dark)}
-    write_images(place / "images", images)
-    with (place / "numbers.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "mean", "patient"])
-        for i, (name, x) in enumerate(images.items()):
-            writer.writerow([name, float(x.mean()), f"p{i % 8}"])
-    write_encoder(place / "a.safetensors", 5)
-    write_encoder(place / "b.safetensors", 6)
-    (place / "two.toml").write_text(FILE)
+    place = make_place(tmp_path_factory.mktemp("study"))
     assert run(place / "two.toml", "--root", place, "--out", place / "whole") == 0
     return place
 
@@ -104,33 +56,12 @@ def no_picture(part, path: Path) -> Path:
     return path
 
 
-def run(*args: object) -> int:
-    """Exit code of a line."""
-    return cli.main(["study", *map(str, args)])
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    """Of a CSV file."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def written(out: Path) -> dict[str, bytes]:
     """All that a person reads."""
     files = [*out.glob("tables/*"), *out.glob("figures/*"), *out.glob("report.*")]
     assert len(files) > 20
     assert "report.html" in {f.name for f in files}
     return {str(f.relative_to(out)): f.read_bytes() for f in files}
-
-
-def changed(place: Path, to: Path, *edits: tuple[str, str]) -> Path:
-    """The study file with other words."""
-    text = FILE
-    for old, new in edits:
-        assert old in text
-        text = text.replace(old, new)
-    to.write_text(text)
-    return to
 
 
 def test_every_cell_is_there_with_the_scores_that_probe_gives(place, tmp_path, capsys):
@@ -363,52 +294,6 @@ def test_the_papers_numbers_stand_beside_ours(place, tmp_path):
     assert len(rows(tmp_path / "out" / "tables" / "summary-last-layer-paper.csv")) == 1
 
 
-REFUSED = [
-    (("repeats", "repeat"), "unknown key repeat; did you mean repeats?"),
-    (("side = 32\npaper", "sides = 32\npaper"), "unknown key tasks.shade.sides; did you mean"),
-    (("epochs = 4", "epoch = 4"), "unknown key probe.epoch; did you mean probe.epochs?"),
-    (("epochs = 4", 'epochs = "4"'), "probe.epochs '4': must be a whole number"),
-    (("epochs = 4", "epochs = 0"), "probe.epochs 0: must lie in 1..100000"),
-    (("[50, 100]", "[50, 120]"), "must lie in 1e-09..100"),
-    (('["linear", "last_layer"]', '["linea"]'), "settings 'linea': must be one of last_layer"),
-    (('["linear", "last_layer"]', '"linear"'), "settings 'linear': must be a list, in [ ]"),
-    (('"b.safetensors"', '"a.safetensors"'), "encoders.trained names a file twice"),
-    (('"b.safetensors"', '""'), "encoders.trained names no encoder"),
-    (('= "handmade"', "= 3"), "encoders.hand-made is 3; write a name"),
-    (('paper = "BACH"', 'paper = "CIFAR"'), "tasks.shade.paper 'CIFAR': is no column"),
-    (('"b.safetensors"', '"c.safetensors"'), "encoders.trained: c.safetensors: not a published"),
-    (('labels = "numbers.csv"', 'labels = "none.csv"'), "tasks.brightness: "),
-    (('["linear", "last_layer"]', '["segment"]'), "for which none of the settings segment is one"),
-    (("[probe]", "[probe"), "not valid TOML"),
-    (('title = "Two sets"', 'paper = "D.1"'), "paper 'D.1': is no table; there is D.7"),
-]
-
-
-@pytest.mark.parametrize(("edit", "sentence"), REFUSED, ids=[s[:30] for _, s in REFUSED])
-def test_refused_before_the_first_cell(place, tmp_path, capsys, monkeypatch, edit, sentence):
-    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
-    file = changed(place, tmp_path / "bad.toml", edit)
-    assert run(file, "--root", place, "--out", tmp_path / "out") in (1, 2)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxhisto")]
-    assert len(said) == 1
-    assert sentence in said[0]
-    assert not (tmp_path / "out" / "cells").exists()
-
-
-def test_a_setting_that_this_version_does_not_have(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(study_settings.MODULES, "finetune", "jaxhisto.downstream.nowhere")
-    file = changed(place, tmp_path / "f.toml", ('"last_layer"]', '"finetune"]'))
-    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
-    assert "has no `finetune`; it has last_layer, linear, knn" in capsys.readouterr().err
-
-
-def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
-    shutil.copy(place / "a.safetensors", tmp_path / "c.safetensors")
-    file = changed(place, tmp_path / "t.toml", ('"b.s', f'"{tmp_path}/c.s'))
-    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
-    assert "holds the same weights as" in capsys.readouterr().err
-
-
 def test_two_at_work_in_one_folder_and_patterns_of_nothing(place, small, tmp_path, capsys):
     line = (small, "--root", place, "--out", tmp_path / "out")
     with study._locked(tmp_path / "out"):
@@ -426,30 +311,6 @@ def test_an_image_is_hashed_again_only_where_its_file_changed(place, tmp_path, m
     first = study_plan.image_hash(task, tmp_path / "m.json")
     monkeypatch.setattr(study_plan, "read_bytes", lambda path: pytest.fail(str(path)))
     assert study_plan.image_hash(task, tmp_path / "m.json") == first
-
-
-@pytest.mark.parametrize("name", sorted(shipped_studies()))
-def test_shipped_studies_and_the_lines_that_make_their_runs_are_read(name, monkeypatch, tmp_path):
-    """Each `jaxhisto` line of the comments parses, and each run of a row is made by one of them."""
-    monkeypatch.chdir(tmp_path)
-    path = shipped_studies()[name]
-    found = read_study(path)
-    configs = {"tile": TileConfig, "sample": SampleConfig, "pretrain": PretrainConfig}
-    text = path.read_text().replace("\\\n# ", "")
-    lines = [shlex.split(line) for line in re.findall(r"^#   (jaxhisto .*)$", text, re.MULTILINE)]
-    outs = set()
-    for _, verb, *flags in lines:
-        if verb == "study":
-            parsed = parse(StudyConfig, flags, "study", recipe=False)
-            assert parsed.file == name
-        else:
-            outs.add(parse(configs[verb], flags, verb).out)
-    runs = {file for row in found.encoders.values() for file in row.files if "runs/" in file}
-    assert runs <= outs
-    for row in found.encoders.values():
-        table = found.paper or "D.7"
-        assert not row.paper or row.paper in paper_tables.rows_of(table), row
-    assert set(found.settings) <= set(study_settings.SETTINGS)
 
 
 @pytest.mark.slow
@@ -481,6 +342,33 @@ def test_all_layers_are_trained_as_finetune_trains_them(place, tmp_path):
     assert float(numbers[0]["mean"]) == pytest.approx(mean)
 
 
+@pytest.mark.slow
+def test_a_unet_is_trained_as_segment_trains_it(tmp_path):
+    """The scores of a cell are those of the same `jaxhisto segment` line, and of its pixels."""
+    rng = np.random.default_rng(0)
+    write_images(tmp_path / "images", {f"{i}.png": x for i, x in enumerate(tissue(12, 3))})
+    masks = {f"{i}.png": rng.integers(0, 2, (32, 32)).astype(np.uint8) for i in range(12)}
+    write_images(tmp_path / "masks", masks)
+    (tmp_path / "s.toml").write_text(
+        'percents = [50]\nrepeats = 1\ndraws = 100\nsettings = ["segment"]\n'
+        '[encoders]\nnone = "random:resnet10"\n'
+        "[segment]\ncrop_px = 32\ntraining = {epochs = 1, batch = 4}\n"
+        '[tasks.cells]\ndata = "images"\nmasks = "masks"\nside = 32\n'
+    )
+    out = tmp_path / "out"
+    assert run(tmp_path / "s.toml", "--root", tmp_path, "--out", out) == 0
+    line = ("segment", "random:resnet10", "--task.data", tmp_path / "images", "--task.masks",
+            tmp_path / "masks", "--crop-px", 32, "--training.epochs", 1, "--training.batch", 4,
+            "--percent", 50, "--out", tmp_path / "run")  # fmt: skip
+    assert cli.main([str(a) for a in line]) == 0
+    theirs = read_json(tmp_path / "run" / "result.json")["test"]
+    (cell,) = rows(out / "tables" / "scores.csv")
+    for name, score in theirs.items():
+        assert float(cell[name]) == pytest.approx(score["value"])
+    (mean,) = rows(out / "tables" / "numbers-fine-tuned-paper.csv")
+    assert float(mean["mean"]) == pytest.approx(100 * theirs["macro_f1"]["value"])
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_task_with_masks_is_scored_by_pixels(tmp_path, monkeypatch):
     """The part of the report for UNets, from confusion matrices that a setting gives."""
@@ -509,27 +397,6 @@ def test_a_task_with_masks_is_scored_by_pixels(tmp_path, monkeypatch):
         (a, b), (c, d) = np.random.default_rng(repeat).integers(1, 100, (3, 2, 2)).sum(0)
         scores.append(100 * (2 * a / (2 * a + b + c) + 2 * d / (2 * d + b + c)) / 2)
     assert float(row["mean"]) == pytest.approx(np.mean(scores))
-
-
-def test_the_papers_tables_are_the_papers(shared_docs):
-    """The file's rows against the lines of the text, which end in a point where a 0 is missing."""
-    text = (
-        (shared_docs / "paper.txt")
-        .read_text()
-        .replace("\N{MULTIPLICATION SIGN}", "x")
-        .replace("Imagenet", "ImageNet")
-    )
-    lines = {" ".join(line.split()) for line in text.splitlines()}
-    lines = {re.sub(r"(\d)\.(?= |$)", r"\1", line) for line in lines}
-    of: dict[tuple[str, str], list[str]] = {}
-    for row in rows(Path(study.__file__).with_name("paper_tables.csv")):
-        of.setdefault((row["table"], row["row"]), []).append(row["value"])
-    assert len(of) > 60
-    for (table, name), values in of.items():
-        end = " ".join(values)
-        found = {line.removesuffix(end).strip() for line in lines if line.endswith(" " + end)}
-        # A group's first line bears its name, the others do not.
-        assert found & {name, name.partition(" ")[2]}, (table, name, end)
 
 
 def test_records_of_a_study(place):
