@@ -46,7 +46,7 @@ class Studied:
     out: Path
     cells: int
     earlier: int
-    failures: tuple[str, ...]
+    failures: tuple[tuple[str, str], ...]
 
 
 def run_study(config: StudyConfig) -> Studied:
@@ -79,13 +79,13 @@ def run_study(config: StudyConfig) -> Studied:
     return Studied(out, len(cells), earlier, tuple(failures))
 
 
-def compute(cells: Sequence[Cell], out: Path) -> list[str]:
-    """Runs the cells that are not there; gives a sentence for each that failed.
+def compute(cells: Sequence[Cell], out: Path) -> list[tuple[str, str]]:
+    """Runs the cells that are not there; gives each that failed, and why.
 
     Raises:
       StoreError: one cannot be written.
     """
-    failures: list[str] = []
+    failures: list[tuple[str, str]] = []
     waiting = [cell for cell in cells if read_cell(cell) is None]
     done = len(cells) - len(waiting)
     with Progress("study", len(cells), done, "cells") as progress:
@@ -94,12 +94,16 @@ def compute(cells: Sequence[Cell], out: Path) -> list[str]:
             if isinstance(found, Outcome):
                 write_cell(cell, found)
             else:
-                failures.append(f"{cell.words}: {found}")
-                warn(f"failed: {failures[-1]}")
+                if all(
+                    sentence != found for _, sentence in failures
+                ):  # one broken image, many cells
+                    warn(f"failed: {cell.words}: {found}")
+                failures.append((cell.words, found))
             progress.advance(1)
     file = out / FAILURES
     if failures:
-        _write(file, json.dumps(failures, indent=1, ensure_ascii=False) + "\n")
+        records = [{"cell": cell, "error": sentence} for cell, sentence in failures]
+        _write(file, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     else:
         file.unlink(missing_ok=True)
     return failures
@@ -111,7 +115,7 @@ def write_report(
     tasks: Sequence[Ready],
     cells: Sequence[Cell],
     out: Path,
-    failures: Sequence[str],
+    failures: Sequence[tuple[str, str]],
 ) -> None:
     """Tables as CSV, Markdown and LaTeX, figures, report.md and report.html."""
     found = collect(study, entries, tasks, cells)

@@ -141,9 +141,9 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """`last_layer, random 2, her2st, 5 %, repeat 3`: for a person."""
+        """`last_layer, random (file 2), her2st, 5 %, repeat 3`: for a person."""
         return (
-            f"{self.setting}, {self.entry.row} {self.entry.index + 1}, {self.ready.name}, "
+            f"{self.setting}, {self.entry.row} (file {self.entry.index + 1}), {self.ready.name}, "
             f"{self.percent:g} %, repeat {self.repeat}"
         )
 

@@ -214,7 +214,7 @@ class FeatureCache:
             for block in blocks:
                 yield np.stack(block)
 
-        verb = f"features of {ready.name} from {entry.row} {entry.index + 1}"
+        verb = f"features of {ready.name} from {entry.row} (file {entry.index + 1})"
         with Progress(verb, len(task), start) as progress:
             try:
                 found = features_of(encoder, images(), self._batch, mesh, layer=LAYER,

@@ -92,7 +92,7 @@ def page(
     found: Found,
     grids: Sequence[tuple[Part | None, list[Grid]]],
     out: Path,
-    failures: Sequence[str],
+    failures: Sequence[tuple[str, str]],
 ) -> str:
     """report.html: the same with the figures inside; nothing to load."""
     study = found.study
@@ -105,8 +105,8 @@ def page(
     head = "".join(f"<div><b>{n:,}</b><span>{escape(what)}</span></div>" for n, what in numbers)
     body = [f"<section><h2>What was compared</h2><ul>{_items(facts(found))}</ul></section>"]
     if failures:
-        body.insert(0, f"<div class=failures><h2>{len(failures)} cells failed</h2>"
-                       f"<ul>{_items(failures)}</ul></div>")  # fmt: skip
+        title = f"<h2>{len(failures):,} cells failed</h2>"
+        body.insert(0, f"<div class=failures>{title}<ul>{_items(_causes(failures))}</ul></div>")
     for part, of in grids:
         if part is None:
             continue
@@ -172,6 +172,17 @@ def shortened(grid: Grid) -> Grid:
     of = tuple(row for row in grid.rows if row[1] == grid.rows[0][1])
     note = f"{grid.note} The other {len(grid.rows) - len(of):,} rows are in {grid.name}.csv."
     return Grid(grid.name, grid.title, grid.header, of, note, grid.labels)
+
+
+def _causes(failures: Sequence[tuple[str, str]]) -> list[str]:
+    """A line a sentence: how many cells it ended, and the first of them."""
+    cells: dict[str, list[str]] = {}
+    for cell, sentence in failures:
+        cells.setdefault(sentence, []).append(cell)
+    return [
+        f"{sentence} ({of[0]}{f' and {len(of) - 1:,} more' if len(of) > 1 else ''})"
+        for sentence, of in cells.items()
+    ]
 
 
 def _items(lines: Sequence[str]) -> str:

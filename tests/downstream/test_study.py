@@ -240,9 +240,11 @@ def test_a_failing_cell_is_told_and_tried_again(place, small, tmp_path, monkeypa
     said = capsys.readouterr().err
     assert "2 cells failed" in said
     assert read_json(out / "failures.json") == [
-        "linear, hand-made 1, shade, 50 %, repeat 0: LinAlgError: SVD did not converge",
-        "linear, hand-made 1, shade, 50 %, repeat 1: x.png: is damaged; restore it.",
-    ]
+        {"cell": "linear, hand-made (file 1), shade, 50 %, repeat 0",
+         "error": "LinAlgError: SVD did not converge"},
+        {"cell": "linear, hand-made (file 1), shade, 50 %, repeat 1",
+         "error": "x.png: is damaged; restore it."},
+    ]  # fmt: skip
     assert "2 cells failed" in (out / "report.html").read_text()
     labels = rows(out / "tables" / "labels-linear-paper.csv")
     assert next(r for r in labels if r["Encoder"] == "hand-made")["50 %"] == "-"
@@ -261,8 +263,11 @@ def test_features_of_a_broken_image_fail_their_cells_alone(place, small, tmp_pat
     assert run(small, "--root", root, "--out", tmp_path / "out") == 1
     failures = read_json(tmp_path / "out" / "failures.json")
     assert len(failures) == FEW
-    assert all("dark/03.png" in failure for failure in failures)
-    capsys.readouterr()
+    assert all("dark/03.png" in failure["error"] for failure in failures)
+    assert capsys.readouterr().err.count("dark/03.png") == 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("dark/03.png") == 1
+    assert f"and {FEW - 1} more" in page
 
 
 @pytest.mark.slow
