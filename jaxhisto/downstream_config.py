@@ -196,6 +196,26 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """Encoders on tasks at several shares of the labels: scores, intervals, tests, figures."""
+
+    file: str = field(metadata=POSITIONAL)
+    """The study as a TOML file (docs/study.md), or the name of one that comes with jaxhisto."""
+    out: str
+    """Folder of cells, features, tables and report; the same line again goes on where it was."""
+    root: str = "."
+    """Folder below which the file's paths of images, tables, masks, splits and encoders lie."""
+    only: tuple[str, ...] = ()
+    """Compute cells alone of which TASK/ENCODER/SETTING matches one of these shell patterns."""
+    plan: bool = False
+    """Check the file and what it names, count the cells, and compute nothing."""
+    devices: int = within(0, 0, MANY, operational=True)
+    """Devices to compute with; 0: all."""
+    threads: int = within(0, 0, MANY, operational=True)
+    """Threads that read images; 0: one a core."""
+
+
+@dataclass(frozen=True)
 class PicturesConfig:
     """Where the pictures behind a file of features are."""
 

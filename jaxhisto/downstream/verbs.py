@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from shlex import quote
 
-from jaxhisto.console import say, say_next
+from jaxhisto.console import say, say_next, warn
 from jaxhisto.downstream_config import (
     ClassifyConfig,
     ClusterConfig,
@@ -16,6 +16,7 @@ from jaxhisto.downstream_config import (
     RetrieveConfig,
     SegmentConfig,
     SheetConfig,
+    StudyConfig,
 )
 from jaxhisto.flags import parse
 
@@ -30,11 +31,7 @@ def embed(argv: Sequence[str]) -> int:
     say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
     if done.per_slide:
         say(f"{config.per_slide}: {len(done.per_slide):,} slides")
-    out = quote(str(done.out))
-    if done.of_slides:
-        say_next(f"jaxhisto cluster {out} --out CLUSTERS")
-    else:
-        say_next(f"jaxhisto probe {out} --task.data FOLDER --out probe.json")
+    say_next(f"jaxhisto probe {quote(str(done.out))} --task.data FOLDER --out probe.json")
     return 0
 
 
@@ -45,6 +42,46 @@ def probe(argv: Sequence[str]) -> int:
 
     run_probe(config)
     say(f"wrote {config.out}")
+    return 0
+
+
+def finetune(argv: Sequence[str]) -> int:
+    """an encoder and a task -> the trained network, with its scores"""
+    config = parse(FinetuneConfig, argv, "finetune")
+    from jaxhisto.downstream.finetune import run_finetune
+
+    run_finetune(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto classify {quote(config.out)} IMAGES --out predictions.csv")
+    return 0
+
+
+def classify(argv: Sequence[str]) -> int:
+    """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
+    config = parse(ClassifyConfig, argv, "classify")
+    from jaxhisto.downstream.classify import run_classify
+
+    say(f"{config.out}: {run_classify(config):,} tiles")
+    return 0
+
+
+def segment(argv: Sequence[str]) -> int:
+    """images with masks -> a UNet on an encoder, and its macro F1"""
+    config = parse(SegmentConfig, argv, "segment")
+    from jaxhisto.downstream.segment import segment as train
+
+    train(config)
+    say(f"wrote {config.out}")
+    say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
+    return 0
+
+
+def predict(argv: Sequence[str]) -> int:
+    """a trained UNet on images or whole slides -> masks and overlays"""
+    config = parse(PredictConfig, argv, "predict")
+    from jaxhisto.downstream.predict import predict as run
+
+    run(config)
     return 0
 
 
@@ -87,44 +124,19 @@ def sheet(argv: Sequence[str]) -> int:
     return 0
 
 
-def segment(argv: Sequence[str]) -> int:
-    """images with masks -> a UNet on an encoder, and its macro F1"""
-    config = parse(SegmentConfig, argv, "segment")
-    from jaxhisto.downstream.segment import segment as train
+def study(argv: Sequence[str]) -> int:
+    """encoders x tasks x shares of the labels: tables, figures, intervals, tests"""
+    config = parse(StudyConfig, argv, "study", recipe=False)
+    from jaxhisto.downstream.study import run_study
 
-    train(config)
-    say(f"wrote {config.out}")
-    say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
-    return 0
-
-
-def predict(argv: Sequence[str]) -> int:
-    """a trained UNet on images or whole slides -> masks and overlays"""
-    config = parse(PredictConfig, argv, "predict")
-    from jaxhisto.downstream.predict import predict as run
-
-    run(config)
-    return 0
-
-
-def finetune(argv: Sequence[str]) -> int:
-    """an encoder and a task -> the trained network, with its scores"""
-    config = parse(FinetuneConfig, argv, "finetune")
-    from jaxhisto.downstream.finetune import run_finetune
-
-    run_finetune(config)
-    say(f"wrote {config.out}")
-    say_next(f"jaxhisto classify {quote(config.out)} IMAGES --out predictions.csv")
-    return 0
-
-
-def classify(argv: Sequence[str]) -> int:
-    """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
-    config = parse(ClassifyConfig, argv, "classify")
-    from jaxhisto.downstream.classify import run_classify
-
-    say(f"{config.out}: {run_classify(config):,} tiles")
-    return 0
+    done = run_study(config)
+    if config.plan:
+        return 0
+    say(f"{done.out / 'report.html'}: {done.cells - len(done.failures):,} of {done.cells:,} cells")
+    if done.failures:
+        warn(f"{len(done.failures):,} cells failed, as {done.out / 'failures.json'} says; the same "
+             "line tries them again")  # fmt: skip
+    return 1 if done.failures else 0
 
 
 VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
@@ -137,4 +149,5 @@ VERBS: tuple[Callable[[Sequence[str]], int], ...] = (
     cluster,
     retrieve,
     sheet,
+    study,
 )
