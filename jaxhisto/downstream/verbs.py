@@ -31,7 +31,11 @@ def embed(argv: Sequence[str]) -> int:
     say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
     if done.per_slide:
         say(f"{config.per_slide}: {len(done.per_slide):,} slides")
-    say_next(f"jaxhisto probe {quote(str(done.out))} --task.data FOLDER --out probe.json")
+    out = quote(str(done.out))
+    if done.of_slides:
+        say_next(f"jaxhisto cluster {out} --out CLUSTERS")
+    else:
+        say_next(f"jaxhisto probe {out} --task.data FOLDER --out probe.json")
     return 0
 
 
