@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhisto.augment import apply_views, cuts
 from jaxhisto.config import AugmentConfig
-from jaxhisto.downstream_config import TrainingConfig
+from jaxhisto.training_config import TrainingConfig
 from jaxhisto.transforms import Cut, centres
 from jaxhisto.view_params import ViewParams, draw_views
 

@@ -15,9 +15,10 @@ from jaxhisto.downstream.encoders import open_encoder
 from jaxhisto.downstream.finetune_files import ENCODER, as_csv, read_head, said
 from jaxhisto.downstream.inputs import open_inputs, read_blocks
 from jaxhisto.downstream.progress import Progress
-from jaxhisto.downstream_config import ClassifyConfig, EmbedConfig
+from jaxhisto.downstream_config import EmbedConfig
 from jaxhisto.errors import ExportError, StoreError
 from jaxhisto.runlog import write_atomically
+from jaxhisto.training_config import ClassifyConfig
 
 
 def run_classify(config: ClassifyConfig) -> int:

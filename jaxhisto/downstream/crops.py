@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.data.loader import cores
-from jaxhisto.data.tasks import Task
 from jaxhisto.downstream.batches import Batch, Part, Rows
 from jaxhisto.downstream.pixel_scores import IGNORED
 from jaxhisto.errors import StoreError
+from jaxhisto.tasks.task import Task
 
 Pixels = NDArray[np.uint8]
 

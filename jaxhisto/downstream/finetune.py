@@ -26,8 +26,6 @@ from numpy.typing import NDArray
 
 from jaxhisto import __version__, metrics
 from jaxhisto.console import say
-from jaxhisto.data.splits import fraction, task_split
-from jaxhisto.data.tasks import Split, Task, open_task
 from jaxhisto.distributed import is_main, make_mesh
 from jaxhisto.downstream.batches import Part
 from jaxhisto.downstream.classifier import Targets, learner_of, targets_of, trained_encoder
@@ -45,10 +43,12 @@ from jaxhisto.downstream.probe import table
 from jaxhisto.downstream.probing import Divided, Probed
 from jaxhisto.downstream.squares import squares
 from jaxhisto.downstream.training import Fitted, adam, fit, weight_decay
-from jaxhisto.downstream_config import FinetuneConfig
 from jaxhisto.errors import ConfigError
 from jaxhisto.pretrain.step import replicate
 from jaxhisto.runlog import environment, write_atomically
+from jaxhisto.tasks.splits import fraction, task_split
+from jaxhisto.tasks.task import Split, Task, open_task
+from jaxhisto.training_config import FinetuneConfig
 
 FORMAT = "jaxhisto-finetune-1"
 HELD_OUT = ("validation", "test")

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from jaxhisto import __version__, settings, tensor_file, weights
 from jaxhisto.config import ModelConfig
-from jaxhisto.data.splits import write_split
-from jaxhisto.data.tasks import Split, Task
 from jaxhisto.distributed import is_main
 from jaxhisto.downstream.classifier import Targets
 from jaxhisto.downstream.encoders import Encoder
 from jaxhisto.downstream.probing import Divided
 from jaxhisto.downstream.training import Fitted
-from jaxhisto.downstream_config import FinetuneConfig
 from jaxhisto.errors import ConfigError, ExportError, RunError
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import write_atomically
+from jaxhisto.tasks.splits import write_split
+from jaxhisto.tasks.task import Split, Task
+from jaxhisto.training_config import FinetuneConfig
 
 CONFIG, SPLIT, RESULT = "config.json", "split.json", "result.json"
 ENCODER, GOLDEN, HEAD = "encoder.safetensors", "golden.safetensors", "head.safetensors"

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhisto.distributed import to_global
 from jaxhisto.downstream.augmentation import augmented
 from jaxhisto.downstream.batches import Part, ahead
-from jaxhisto.downstream_config import TrainingConfig
+from jaxhisto.training_config import TrainingConfig
 
 Tree = dict[str, Any]
 

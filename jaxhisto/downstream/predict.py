@@ -30,13 +30,13 @@ from jaxhisto.downstream.tiled import (
     windows_of,
 )
 from jaxhisto.downstream.unet_predict import TrainedUNet, make_predict, open_unet
-from jaxhisto.downstream_config import PredictConfig
 from jaxhisto.errors import ConfigError, RunError, StoreError
 from jaxhisto.runlog import Progress, write_atomically
 from jaxhisto.slides import reader
 from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.raster import SlideRaster
+from jaxhisto.training_config import PredictConfig
 
 NOWHERE = 255
 """In the mask of a slide: the file has no pixel here."""

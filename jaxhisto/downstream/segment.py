@@ -15,8 +15,6 @@ from PIL import Image, ImageDraw
 
 from jaxhisto import __version__, metrics, unet_weights
 from jaxhisto.console import say, warn
-from jaxhisto.data.splits import fraction, task_split, write_split
-from jaxhisto.data.tasks import Split, Task, open_task
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.crops import Looked, look_at, read_pair, training_part, validation_part
 from jaxhisto.downstream.encoders import Encoder, open_encoder
@@ -28,12 +26,14 @@ from jaxhisto.downstream.tiled import Windows, predict_image, windows_of
 from jaxhisto.downstream.training import Fitted, adam, fit
 from jaxhisto.downstream.unet_learner import unet_learner
 from jaxhisto.downstream.unet_predict import UNET, make_predict
-from jaxhisto.downstream_config import SegmentConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.models.unet import STRIDE
 from jaxhisto.runlog import environment, write_atomically
 from jaxhisto.settings import to_json
+from jaxhisto.tasks.splits import fraction, task_split, write_split
+from jaxhisto.tasks.task import Split, Task, open_task
 from jaxhisto.torch_files import golden_beside
+from jaxhisto.training_config import SegmentConfig
 
 FORMAT = "jaxhisto-segment-1"
 SHOWN = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxhisto.data.tasks import Task
+from jaxhisto.tasks.task import Task
 
 Rows = NDArray[np.int64]
 

@@ -38,12 +38,12 @@ from jaxhisto.downstream.learner import (
     make_outcomes,
     make_step,
 )
-from jaxhisto.downstream_config import TrainingConfig
 from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked
 from jaxhisto.pretrain.step import replicate
 from jaxhisto.pretrain.stopping import Stopped, StopRequest, stop_requests
 from jaxhisto.runlog import Progress, append_line, keep_steps
+from jaxhisto.training_config import TrainingConfig
 
 Tree = dict[str, Any]
 

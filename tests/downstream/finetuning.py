@@ -14,7 +14,8 @@ import torchvision
 from made_sets import MEAN, SIDE, STD, read_json, tissue, write_images
 
 from jaxhisto import tensor_file
-from jaxhisto.downstream_config import FinetuneConfig, TaskConfig, TrainingConfig
+from jaxhisto.task_config import TaskConfig
+from jaxhisto.training_config import FinetuneConfig, TrainingConfig
 
 PLAIN = ("--training.no-flips", "--training.no-rot90", "--training.jitter", "none")
 BLUE, RED = "blue", "red"

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.downstream.augmentation import apply_to_masks, augment_config, augmented
-from jaxhisto.downstream_config import TrainingConfig
+from jaxhisto.training_config import TrainingConfig
 from jaxhisto.view_params import draw_views
 
 SIDE, N = 16, 32

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jaxhisto.data.tasks import Task
 from jaxhisto.downstream.crops import look_at, training_part, validation_part
 from jaxhisto.downstream.pixel_scores import IGNORED
 from jaxhisto.errors import StoreError
+from jaxhisto.tasks.task import Task
 
 SIZES = ((70, 90), (40, 32), (20, 100), (64, 64))
 ROWS = np.arange(len(SIZES))

@@ -26,9 +26,9 @@ from finetuning import (
 from made_sets import SIDE, read_json, write_encoder, write_images
 
 from jaxhisto import cli, tensor_file
-from jaxhisto.data.tasks import open_task
 from jaxhisto.downstream import classifier
 from jaxhisto.downstream.finetune import run_finetune
+from jaxhisto.tasks.task import open_task
 
 
 @pytest.fixture

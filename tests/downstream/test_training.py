@@ -20,8 +20,8 @@ import torch
 from jaxhisto.downstream.batches import Part, epoch_order, fitting_batch
 from jaxhisto.downstream.learner import Learner
 from jaxhisto.downstream.training import Fitted, adam, fit, weight_decay
-from jaxhisto.downstream_config import TrainingConfig
 from jaxhisto.errors import RunError
+from jaxhisto.training_config import TrainingConfig
 
 SIDE, CLASSES = 8, 2
 PLAIN = TrainingConfig(
