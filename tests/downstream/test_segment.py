@@ -279,7 +279,8 @@ def test_one_class_alone_and_one_that_a_part_lacks(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from jaxhisto.downstream.segment import prepare
-    from jaxhisto.downstream_config import SegmentConfig, TaskConfig
+    from jaxhisto.task_config import TaskConfig
+    from jaxhisto.training_config import SegmentConfig
 
     split = {
         "train": [f"i{i:02}.png" for i in range(6)],

@@ -312,7 +312,7 @@ def test_two_at_work_in_one_folder_and_patterns_of_nothing(place, small, tmp_pat
 
 
 def test_an_image_is_hashed_again_only_where_its_file_changed(place, tmp_path, monkeypatch):
-    from jaxhisto.downstream_config import TaskConfig
+    from jaxhisto.task_config import TaskConfig
     from jaxhisto.tasks.task import open_task
 
     task = open_task(TaskConfig(data=str(place / "images")))
