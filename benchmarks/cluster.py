@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxhisto.clusters import kmeans as km
 from jaxhisto.distributed import make_mesh
-from jaxhisto.downstream import kmeans as km
 from jaxhisto.runlog import environment, write_atomically
 
 GROUPS, RANK = 300, 32

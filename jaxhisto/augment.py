@@ -148,7 +148,7 @@ def views_by_products(
     Elements of the matrices and images are of `dtype` in the products, sums are float32.
     """
     _, H, W, _ = tiles.shape
-    rows, columns = _axes(params)
+    rows, columns = cuts(params)
     matrices = (resize_matrix(rows, H, side), resize_matrix(columns, W, side))
     images = crop_resize(tiles, *(m.astype(dtype) for m in matrices))
     images = _recolour(images, colour_slots(params), config)
@@ -182,7 +182,7 @@ def crop_resize(tiles: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Ar
     return product("nvkw,nvxw->nvkx", tall, columns).reshape(N, V, side, 3, side)
 
 
-def _axes(params: ViewParams) -> tuple[Cut, Cut]:
+def cuts(params: ViewParams) -> tuple[Cut, Cut]:
     """The crop's rows and columns, with turns as flips."""
     odd = params.turns % 2 == 1
     # A turn is flips and, if odd, a transposition, which is left to the end. What then flips
@@ -285,7 +285,7 @@ def views_by_taps(
     view that is not jittered or blurred are not taken, and an image stays in the cache.
     """
     _, H, W, _ = tiles.shape
-    rows, columns = _axes(params)
+    rows, columns = cuts(params)
     # Weights are made before the loop: inside, XLA would compute them anew for each pixel.
     weights = (
         resize_taps(rows, H, side),

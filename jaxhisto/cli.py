@@ -22,7 +22,7 @@ from jaxhisto.config import (
     TileConfig,
 )
 from jaxhisto.console import say_next
-from jaxhisto.downstream.verbs import VERBS as DOWNSTREAM
+from jaxhisto.downstream_verbs import VERBS as DOWNSTREAM
 from jaxhisto.errors import ConfigError, JaxhistoError
 from jaxhisto.file_config import (
     CatalogConfig,

@@ -27,8 +27,9 @@ class ExportConfig:
     checksums."""
     card: bool = False
     """Also write the model card, README.md beside the file."""
-    fc: Literal["none", "zero"] = "none"
-    """Of layout torchvision: leave `fc` out, or write a zero one of 1000 classes."""
+    fc: Literal["none", "zero", "trained"] = "none"
+    """Of layout torchvision: leave `fc` out, write a zero one of 1000 classes, or that which
+    `jaxhisto finetune` trained."""
     normalise: bool = False
     """Of layout onnx: take uint8 RGB tiles and normalise inside the graph."""
     force: bool = False

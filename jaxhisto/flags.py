@@ -15,10 +15,13 @@ from jaxhisto.settings import EITHER, check, known
 Config = TypeVar("Config")
 
 
-def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
+def parse(cls: type[Config], argv: Sequence[str], verb: str, recipe: bool = True) -> Config:
     """Builds a config from `[CONFIG.toml] --flags`; the flags win over the file.
 
     The file is read as the flags it stands for, so that one parser checks both.
+
+    Args:
+      recipe: whether a first word that ends in .toml is such a file; else it is the verb's own.
 
     Raises:
       ConfigError: a file that is absent or no TOML, or an unknown key (with a suggestion).
@@ -29,7 +32,7 @@ def parse(cls: type[Config], argv: Sequence[str], verb: str) -> Config:
     args = list(argv)
     # A folder of slides may bear a recipe's name: what exists wins.
     named = args and args[0] in shipped_configs() and not Path(args[0]).exists()
-    if named or (args and args[0].endswith(".toml")):
+    if recipe and (named or (args and args[0].endswith(".toml"))):
         path = _config_file(args.pop(0))
         args = _file_flags(cls, path, args) + args
     parsed = tyro.cli(

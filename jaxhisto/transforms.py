@@ -39,7 +39,7 @@ class Taps(NamedTuple):
 def resize_matrix(cut: Cut, size: int, side: int) -> jax.Array:
     """(N, V, side, size): resamples the cut of `size` pixels to `side`."""
     cut = Cut(*(a[..., None, None] for a in cut))
-    centre, scale = _centres(cut, _iota((1, 1, side, 1), 2), side)
+    centre, scale = centres(cut, _iota((1, 1, side, 1), 2), side)
     return _triangle(cut, centre, scale, _iota((1, 1, 1, size), 3), axis=-1)
 
 
@@ -47,14 +47,14 @@ def resize_taps(cut: Cut, size: int, side: int) -> Taps:
     """`resize_matrix` without its zeros."""
     taps = math.ceil(2 * max(1.0, size / side))
     cut = Cut(*(a[..., None, None] for a in cut))
-    centre, scale = _centres(cut, _iota((1, 1, 1, side), 3), side)
+    centre, scale = centres(cut, _iota((1, 1, 1, side), 3), side)
     first = jnp.floor(centre - jnp.maximum(scale, 1.0) - 0.5) + 1.0
     pixel = first + _iota((1, 1, taps, 1), 2)
     weight = _triangle(cut, centre, scale, pixel, axis=-2)
     return Taps(jnp.clip(pixel, 0, size - 1).astype(jnp.int32), weight)
 
 
-def _centres(cut: Cut, place: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
+def centres(cut: Cut, place: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
     """Where pixel `place` of the view lies in the tile, px, and how many pixels make one."""
     scale = cut.length.astype(jnp.float32) / side
     place = jnp.where(cut.flip, side - 1 - place, place)

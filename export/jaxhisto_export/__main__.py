@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--layout", choices=LAYOUTS, default="published")
     convert.add_argument("--out", type=Path, required=True, help="file, or folder of layout timm")
     convert.add_argument("--golden", type=Path, help="default: what lies beside FILE")
-    convert.add_argument("--fc", choices=("none", "zero"), default="none", help="torchvision")
+    convert.add_argument(
+        "--fc", choices=("none", "zero", "trained"), default="none", help="torchvision"
+    )
     convert.add_argument("--normalise", action="store_true", help="onnx: take uint8 RGB tiles")
     convert.add_argument("--force", action="store_true", help="replace OUT")
     convert.set_defaults(run=_convert)

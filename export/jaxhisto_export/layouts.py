@@ -2,7 +2,7 @@
 
 published     {"state_dict": ..., provenance}: keys under `model.resnet.`, head last; the
               layout of ozanciga/self-supervised-histopathology's native file.
-torchvision   flat, without a head or with a zero 1000-way `fc`.
+torchvision   flat, without a head, with a zero 1000-way `fc`, or with a fine-tuned one.
 dsmil         flat, in torchvision's order, head last: for loaders that go by position.
 smp           flat, without a head, for the encoders of segmentation_models_pytorch; of a UNet
               the whole state dict of its Unet.
@@ -52,7 +52,9 @@ from jaxhisto_export.weights_file import (
 )
 
 Layout = Literal["published", "torchvision", "dsmil", "timm", "smp", "onnx"]
-Fc = Literal["none", "zero"]
+Fc = Literal["none", "zero", "trained"]
+HEAD = "head.safetensors"
+"""Beside a fine-tuned encoder.safetensors: its last layer."""
 OTHER_SUFFIXES = {".safetensors", ".onnx"}
 """Of a PyTorch file: they name another format."""
 
@@ -76,7 +78,8 @@ def convert(
       out: the file to write, or the folder of layout timm.
       golden: golden tiles of the same file, copied to OUT.golden.safetensors, or into
         the folder; `verify` misses it where it is not given.
-      fc: of layout torchvision: `none`, or `zero` for loaders that insist on a 1000-way fc.
+      fc: of layout torchvision: `none`, `zero` for loaders that insist on a 1000-way fc, or
+        `trained`: that of head.safetensors beside a fine-tuned encoder.
       force: replace OUT and what lies beside it under its name. A folder is replaced as a whole,
         and only if it holds nothing but what this package writes into one.
       normalise: of layout onnx: take uint8 RGB tiles and normalise inside the graph.
@@ -104,6 +107,10 @@ def convert(
         _check_golden(Path(golden), file.own_sha256, provenance[file.own_sha256])
     tiles = None if golden is None else Path(golden).read_bytes()
     tensors = _tensors(file, layout, fc)
+    if fc == "trained":
+        layer, about = _trained_layer(encoder, provenance[file.own_sha256])
+        tensors |= layer
+        provenance |= about
     provenance = _of_this_file(file, provenance, layout, tensors)
     if layout == "timm":
         return _write_folder(target, tensors, provenance, tiles)
@@ -151,9 +158,10 @@ def _check_request(layout: str, target: Path, fc: str, normalise: bool) -> None:
         raise ExportFileError(f"{layout}: no such layout, take one of {get_args(Layout)}.")
     if fc not in get_args(Fc):
         raise ExportFileError(f"fc {fc}: no such choice, take one of {get_args(Fc)}.")
-    if fc == "zero" and layout != "torchvision":
+    if fc != "none" and layout != "torchvision":
+        what = "1000-way" if fc == "zero" else "trained"
         raise ExportFileError(
-            f"{target}: layout {layout} has no 1000-way fc, take fc zero with layout torchvision."
+            f"{target}: layout {layout} has no {what} fc, take fc {fc} with layout torchvision."
         )
     if normalise and layout != "onnx":
         raise ExportFileError(
@@ -201,6 +209,25 @@ def _tensors(file: WeightsFile, layout: Layout, fc: Fc) -> OrderedDict[str, Tens
         tensors["fc.weight"] = torch.zeros(CLASSES, architecture.feature_width)
         tensors["fc.bias"] = torch.zeros(CLASSES)
     return tensors
+
+
+def _trained_layer(encoder: Path, sha256: str) -> tuple[OrderedDict[str, Tensor], Provenance]:
+    """fc.weight (C, d) and fc.bias (C,), and what its outputs are: classes, class_names."""
+    path = encoder.with_name(HEAD)
+    if not path.is_file():
+        raise ExportFileError(
+            f"{path}: is not there, take fc trained with the encoder.safetensors of a finished "
+            "`jaxhisto finetune`."
+        )
+    tensors, about = read_safetensors(path)
+    if about.get("encoder_sha256") != sha256:
+        raise ExportFileError(
+            f"{path}: is the last layer of another encoder, keep the files of one fine-tuning "
+            "together."
+        )
+    layer = OrderedDict((name, tensors[name]) for name in ("fc.weight", "fc.bias"))
+    names = json.loads(about["class_names"]) or None
+    return layer, {"classes": len(layer["fc.bias"]), "class_names": names}
 
 
 def _of_this_file(

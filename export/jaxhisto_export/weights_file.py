@@ -211,7 +211,9 @@ def expected_shapes(file: WeightsFile) -> Shapes:
     shapes = architecture.backbone()
     if file.layout == "torchvision" and "fc.weight" in file.tensors:
         width = architecture.feature_width
-        return shapes | {"fc.weight": (CLASSES, width), "fc.bias": (CLASSES,)}
+        said = file.provenance.get("classes", CLASSES)
+        classes = said if isinstance(said, int) else CLASSES
+        return shapes | {"fc.weight": (classes, width), "fc.bias": (classes,)}
     if file.layout not in ("encoder", *WITH_HEAD):
         return shapes
     projection = file.provenance.get("projection_width")

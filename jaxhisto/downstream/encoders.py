@@ -53,6 +53,7 @@ class Encoder:
       tile_px: side of the tiles that it was trained on; 0: any.
       mpp_range: their um/px, where known.
       params, batch_stats: its weights; empty for `handmade`.
+      licence: of the weights, where its file says.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Encoder:
     mpp_range: tuple[float, float] | None = None
     params: Tree = field(default_factory=dict)
     batch_stats: Tree = field(default_factory=dict)
+    licence: str = ""
 
     @property
     def depth(self) -> int:
@@ -199,6 +201,7 @@ def _of_file(
         span and (span[0], span[1]),
         params,
         stats,
+        metadata.get("licence", ""),
     )
 
 

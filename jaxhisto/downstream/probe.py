@@ -16,8 +16,6 @@ from jaxhisto import __version__, metrics
 from jaxhisto.console import say
 from jaxhisto.data.features import read_features
 from jaxhisto.data.named_images import centre_square
-from jaxhisto.data.splits import fraction, task_split, write_split
-from jaxhisto.data.tasks import Split, Task, open_task
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import open_encoder
@@ -27,6 +25,8 @@ from jaxhisto.downstream.probing import Divided, Probed, Settings, probe
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.runlog import environment, write_atomically
+from jaxhisto.tasks.splits import fraction, task_split, write_split
+from jaxhisto.tasks.task import Split, Task, open_task
 
 FORMAT = "jaxhisto-probe-1"
 

@@ -19,10 +19,12 @@ class Progress:
       verb: what is at work.
       total: tiles in all.
       done: of them, by an earlier start.
+      unit: what is counted.
     """
 
-    def __init__(self, verb: str, total: int, done: int = 0) -> None:
+    def __init__(self, verb: str, total: int, done: int = 0, unit: str = "tiles") -> None:
         self._verb, self._total, self._start, self._done = verb, total, done, done
+        self._unit = unit
         self._began = self._told = time.monotonic()
         self._bar: rich.progress.Progress | None = None
         if sys.stderr.isatty():
@@ -62,10 +64,16 @@ class Progress:
         rate = (self._done - self._start) / (now - self._began)
         left = (self._total - self._done) / rate
         print(
-            f"{self._verb} {self._done:,}/{self._total:,}  {rate:,.0f} tiles/s  {_span(left)} left",
+            f"{self._verb} {self._done:,}/{self._total:,}  {_rate(rate, self._unit)}  "
+            f"{_span(left)} left",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _rate(rate: float, unit: str) -> str:
+    """`1,200 tiles/s`, `3.5 cells/min`."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{60 * rate:,.1f} {unit}/min"
 
 
 def _span(seconds: float) -> str:

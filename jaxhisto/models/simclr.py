@@ -107,6 +107,15 @@ def features(graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Arr
     return _merge(graphdef, params["encoder"], batch_stats["encoder"])(x)
 
 
+def trained_features(
+    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array
+) -> tuple[jax.Array, Tree]:
+    """As `features`, BatchNorm by the batch (training mode), and the batch_stats after it."""
+    encoder = _merge(graphdef, params["encoder"], batch_stats["encoder"])
+    found = encoder(x, train=True)
+    return found, {"encoder": nnx.to_pure_dict(nnx.state(encoder, nnx.BatchStat))}
+
+
 def stage_features(
     graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array, stage: int
 ) -> jax.Array:

@@ -111,8 +111,10 @@ class UNet(nnx.Module):
         self.decoder = Decoder(map_widths(name), skips, dtype)
         self.segmentation_head = Numbered({0: _head(DECODER_WIDTHS[-1], classes)})
 
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool = False, frozen: bool = False) -> jax.Array:
         """(N, H, W, 3) normalised RGB to (N, H, W, classes) float32 logits.
+
+        `frozen`: the encoder is in evaluation mode in training too.
 
         Raises:
           ConfigError: a side that is no multiple of 32.
@@ -123,7 +125,8 @@ class UNet(nnx.Module):
                 f"a UNet halves its images five times, and {height} x {width} px cannot be; choose "
                 f"sides that are multiples of {STRIDE}."
             )
-        decoded = self.decoder(self.encoder.maps(x, train=train), train=train)
+        maps = self.encoder.maps(x, train=train and not frozen)
+        decoded = self.decoder(maps, train=train)
         (head,) = self.segmentation_head.in_order()
         return head(decoded.astype(jnp.float32))
 
@@ -168,7 +171,13 @@ def init(name: str, classes: int, seed: int, skips: Skips = "all") -> tuple[Tree
 
 
 def apply(
-    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, x: jax.Array, *, train: bool
+    graphdef: nnx.GraphDef,
+    params: Tree,
+    batch_stats: Tree,
+    x: jax.Array,
+    *,
+    train: bool,
+    frozen: bool = False,
 ) -> tuple[jax.Array, Tree]:
     """Runs the UNet, and gives the BatchNorm statistics after it.
 
@@ -177,13 +186,14 @@ def apply(
       params, batch_stats: trees of arrays.
       x: (N, H, W, 3) normalised RGB, H and W multiples of 32.
       train: normalise by the batch and record it, or by the running statistics.
+      frozen: by the running statistics in the encoder, whatever `train` says.
 
     Returns:
       (N, H, W, classes) float32 logits, batch_stats.
     """
     # copy=True: without it BatchNorm's update under `grad` raises TraceContextError.
     model = nnx.merge(graphdef, nnx.State(params), nnx.State(batch_stats), copy=True)
-    logits = model(x, train=train)
+    logits = model(x, train=train, frozen=frozen)
     return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
 

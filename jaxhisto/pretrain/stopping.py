@@ -39,7 +39,8 @@ class _EndsStart(BaseException):
 class StopRequest:
     """Whether the run was asked to stop, and what to do about it at this time."""
 
-    def __init__(self, out: str, at_once: bool = False) -> None:
+    def __init__(self, out: str, at_once: bool = False, verb: str = "pretrain") -> None:
+        self._verb = verb
         self._sentence = f"{out}: stopped before the first step; start the same line again."
         self._asked = threading.Event()
         self._first = 0.0
@@ -93,7 +94,7 @@ class StopRequest:
             if self._at_once and set(numbers) & set(SIGNALS):
                 # The progress bar hid the cursor.
                 shown = "\x1b[?25h" if sys.stderr.isatty() else ""
-                os.write(2, f"{shown}jaxhisto pretrain: {self._sentence}\n".encode())
+                os.write(2, f"{shown}jaxhisto {self._verb}: {self._sentence}\n".encode())
                 os._exit(Stopped.exit_code)
 
     def stopped_at_start(self) -> Stopped:
@@ -102,7 +103,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(out: str, at_once: bool = False) -> Iterator[StopRequest]:
+def stop_requests(out: str, at_once: bool = False, verb: str = "pretrain") -> Iterator[StopRequest]:
     """Listens to SIGTERM and SIGINT until the block ends; in other threads than the main, to none.
 
     Nor in one of several processes that train together: there JAX listens to SIGTERM, so that all
@@ -112,11 +113,12 @@ def stop_requests(out: str, at_once: bool = False) -> Iterator[StopRequest]:
       out: the run folder, for the sentence.
       at_once: a request ends the process where it is, since nothing in the block is half of
         anything: what it may fetch or convert is renamed into its place when whole.
+      verb: of the run, for the sentence.
 
     Raises:
       Stopped: asked to stop before the first step.
     """
-    stop = StopRequest(out, at_once)
+    stop = StopRequest(out, at_once, verb)
     if threading.current_thread() is not threading.main_thread() or MEMBER in os.environ:
         yield stop
         return

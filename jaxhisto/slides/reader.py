@@ -247,6 +247,19 @@ class Slide:
             rgb[rows, columns], there[rows, columns] = _reduced(block, factor)
         return Overview(rgb, there, known, self.downsamples[level] * factor)
 
+    def level_size(self, level: int) -> tuple[int, int]:
+        """Width and height of a level, px."""
+        return self._level_sizes[level]
+
+    def area(self, level: int, left: int, top: int, width: int, height: int) -> Pixels:
+        """(height, width, 4) RGBA of a level, in that level's pixels; alpha 0: not in the file.
+
+        Raises:
+          RegionError: it cannot be decoded.
+        """
+        ratio = self.downsamples[level]
+        return self._region(level, round(left * ratio), round(top * ratio), width, height)
+
     def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
         """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
         # OpenSlide interpolates between level pixels unless it starts on one.

@@ -1,0 +1,1 @@
+"""What is in a set of tiles: clusters, neighbours, sheets."""

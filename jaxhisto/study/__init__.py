@@ -1,0 +1,1 @@
+"""Encoders x tasks x shares of the labels, from one file."""

@@ -1,0 +1,134 @@
+"""What each setting of a study does with a cell."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import importlib
+import importlib.util
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxhisto.downstream.probe import settings_of
+from jaxhisto.downstream.probing import Divided, probe
+from jaxhisto.errors import ConfigError
+from jaxhisto.study.cells import Cell, Outcome
+
+MODULES = {
+    "finetune": "jaxhisto.downstream.finetune",
+    "segment": "jaxhisto.downstream.segment",
+}
+"""Of the settings that a verb of its own trains; looked for when a study names them."""
+
+
+def frozen(cell: Cell) -> Outcome:
+    """A probe on cached features: `last_layer`, `linear` or `knn`."""
+    ready, task = cell.ready, cell.ready.task
+    data = Divided(
+        cell.features(cell.entry, ready),
+        np.asarray(task.values),
+        task.classes,
+        task.groups,
+        cell.train,
+        ready.split.validation,
+        ready.split.test,
+    )
+    settings = settings_of(cell.study.probe, cell.entry.arch)
+    training = dataclasses.replace(settings.training, seed=cell.training_seed)
+    # The study draws its own bootstrap, over repeats and seeds as well.
+    settings = dataclasses.replace(settings, training=training, draws=1)
+    found = probe(cell.setting, data, settings)
+    test = {name: interval.value for name, interval in found.test.items()}
+    return Outcome(found.chosen, found.validation, test, found.predictions)
+
+
+def finetune(cell: Cell) -> Outcome:
+    """All layers trained, as `jaxhisto finetune` does it."""
+    module = importlib.import_module(MODULES["finetune"])
+    with contextlib.redirect_stdout(io.StringIO()):  # a table a cell
+        record = module.run_finetune(supervised(cell))
+    return _outcome(record, _predictions(cell))
+
+
+def segment(cell: Cell) -> Outcome:
+    """A UNet on the encoder, as `jaxhisto segment` trains and scores it; no weights are kept."""
+    module = importlib.import_module(MODULES["segment"])
+    config = supervised(cell)
+    with contextlib.redirect_stdout(io.StringIO()):
+        windows = module.windows_of(config.crop_px, config.overlap_px, config.margin_px)
+        ready = module.prepare(config)
+        out = module.open_run(config.out, config, ready.facts())
+        fitted, *trees = module.train(config, ready, out)
+        matrices = module.judge(config, ready, windows, out, *trees)
+        record = module.result_of(config, ready, fitted, matrices)
+    return _outcome(record, np.asarray(matrices))
+
+
+def supervised(cell: Cell) -> Any:
+    """The settings of the verb for this cell."""
+    config = cell.study.others[cell.setting]
+    own = {
+        "encoder": cell.entry.name,
+        "out": str(cell.run),
+        "task": cell.ready.config,
+        "percent": cell.percent,
+        "scarce": cell.study.probe.scarce,
+        "repeat": cell.repeat,
+        "seed": cell.study.seed,
+        "mean": cell.entry.mean,
+        "std": cell.entry.std,
+        "draws": 1,  # the study draws its own
+        "training": dataclasses.replace(
+            config.training, seed=cell.training_seed, devices=cell.devices, threads=cell.threads
+        ),
+    }
+    fields = {f.name for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{k: v for k, v in own.items() if k in fields})
+
+
+def refuse_absent(settings: Sequence[str]) -> None:
+    """Raises ConfigError for a setting that this version does not have."""
+    there = [s for s in SETTINGS if s not in MODULES or importlib.util.find_spec(MODULES[s])]
+    for setting in settings:
+        if setting not in there:
+            raise ConfigError(
+                f"settings: this version of jaxhisto has no `{setting}`; it has {', '.join(there)}."
+            )
+
+
+def _predictions(cell: Cell) -> NDArray[np.float64]:
+    """Of the test images, in the split's order, from the run's predictions.csv."""
+    classes = cell.ready.task.classes
+    columns = [f"score_{name}" for name in classes] or ["predicted"]
+    with (cell.run / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["part"] == "test"]
+    of = {row["name"]: [float(row[c]) for c in columns] for row in rows}
+    found = np.array([of[cell.ready.task.names[i]] for i in cell.ready.split.test])
+    return found if classes else found[:, 0]
+
+
+def _outcome(record: Mapping[str, Any], predictions: NDArray[Any]) -> Outcome:
+    """From a verb's result.json, in which NaN is null."""
+
+    def floats(values: Mapping[str, float | None]) -> dict[str, float]:
+        return {k: float("nan") if v is None else float(v) for k, v in values.items()}
+
+    test = {name: of["value"] for name, of in record["test"].items()}
+    return Outcome(
+        {"epoch": float(record["epoch"])}, floats(record["validation"]), floats(test), predictions
+    )
+
+
+SETTINGS: dict[str, Callable[[Cell], Outcome]] = {
+    "last_layer": frozen,
+    "linear": frozen,
+    "knn": frozen,
+    "finetune": finetune,
+    "segment": segment,
+}
+"""By the name that a study's file gives it."""

@@ -1,0 +1,117 @@
+"""Study files: what is refused before the first cell, and those that come with the package."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from made_study import changed, make_place, rows, run
+
+from jaxhisto.config import PretrainConfig, TileConfig
+from jaxhisto.downstream_config import StudyConfig
+from jaxhisto.file_config import SampleConfig
+from jaxhisto.flags import parse
+from jaxhisto.study import paper_tables
+from jaxhisto.study import run as study
+from jaxhisto.study import settings as study_settings
+from jaxhisto.study.file import read_study, shipped_studies
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, numbers, encoders and the file; read only."""
+    return make_place(tmp_path_factory.mktemp("study"))
+
+
+REFUSED = [
+    (("repeats", "repeat"), "unknown key repeat; did you mean repeats?"),
+    (("side = 32\npaper", "sides = 32\npaper"), "unknown key tasks.shade.sides; did you mean"),
+    (("epochs = 4", "epoch = 4"), "unknown key probe.epoch; did you mean probe.epochs?"),
+    (("epochs = 4", 'epochs = "4"'), "probe.epochs '4': must be a whole number"),
+    (("epochs = 4", "epochs = 0"), "probe.epochs 0: must lie in 1..100000"),
+    (("[50, 100]", "[50, 120]"), "must lie in 1e-09..100"),
+    (('["linear", "last_layer"]', '["linea"]'), "settings 'linea': must be one of last_layer"),
+    (('["linear", "last_layer"]', '"linear"'), "settings 'linear': must be a list, in [ ]"),
+    (('"b.safetensors"', '"a.safetensors"'), "encoders.trained names a file twice"),
+    (('"b.safetensors"', '""'), "encoders.trained names no encoder"),
+    (('= "handmade"', "= 3"), "encoders.hand-made is 3; write a name"),
+    (('paper = "BACH"', 'paper = "CIFAR"'), "tasks.shade.paper 'CIFAR': is no column"),
+    (('"b.safetensors"', '"c.safetensors"'), "encoders.trained: c.safetensors: not a published"),
+    (('labels = "numbers.csv"', 'labels = "none.csv"'), "tasks.brightness: "),
+    (('["linear", "last_layer"]', '["segment"]'), "for which none of the settings segment is one"),
+    (("[probe]", "[probe"), "not valid TOML"),
+    (('title = "Two sets"', 'paper = "D.1"'), "paper 'D.1': is no table; there is D.7"),
+]
+
+
+@pytest.mark.parametrize(("edit", "sentence"), REFUSED, ids=[s[:30] for _, s in REFUSED])
+def test_refused_before_the_first_cell(place, tmp_path, capsys, monkeypatch, edit, sentence):
+    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
+    file = changed(place, tmp_path / "bad.toml", edit)
+    assert run(file, "--root", place, "--out", tmp_path / "out") in (1, 2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxhisto")]
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_setting_that_this_version_does_not_have(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study_settings.MODULES, "finetune", "jaxhisto.downstream.nowhere")
+    file = changed(place, tmp_path / "f.toml", ('"last_layer"]', '"finetune"]'))
+    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
+    assert "has no `finetune`; it has last_layer, linear, knn" in capsys.readouterr().err
+
+
+def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
+    shutil.copy(place / "a.safetensors", tmp_path / "c.safetensors")
+    file = changed(place, tmp_path / "t.toml", ('"b.s', f'"{tmp_path}/c.s'))
+    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
+    assert "holds the same weights as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(shipped_studies()))
+def test_shipped_studies_and_the_lines_that_make_their_runs_are_read(name, monkeypatch, tmp_path):
+    """Each `jaxhisto` line of the comments parses, and each run of a row is made by one of them."""
+    monkeypatch.chdir(tmp_path)
+    path = shipped_studies()[name]
+    found = read_study(path)
+    configs = {"tile": TileConfig, "sample": SampleConfig, "pretrain": PretrainConfig}
+    text = path.read_text().replace("\\\n# ", "")
+    lines = [shlex.split(line) for line in re.findall(r"^#   (jaxhisto .*)$", text, re.MULTILINE)]
+    outs = set()
+    for _, verb, *flags in lines:
+        if verb == "study":
+            parsed = parse(StudyConfig, flags, "study", recipe=False)
+            assert parsed.file == name
+        else:
+            outs.add(parse(configs[verb], flags, verb).out)
+    runs = {file for row in found.encoders.values() for file in row.files if "runs/" in file}
+    assert runs <= outs
+    for row in found.encoders.values():
+        table = found.paper or "D.7"
+        assert not row.paper or row.paper in paper_tables.rows_of(table), row
+    assert set(found.settings) <= set(study_settings.SETTINGS)
+
+
+def test_the_papers_tables_are_the_papers(shared_docs):
+    """The file's rows against the lines of the text, which end in a point where a 0 is missing."""
+    text = (
+        (shared_docs / "paper.txt")
+        .read_text()
+        .replace("\N{MULTIPLICATION SIGN}", "x")
+        .replace("Imagenet", "ImageNet")
+    )
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    lines = {re.sub(r"(\d)\.(?= |$)", r"\1", line) for line in lines}
+    of: dict[tuple[str, str], list[str]] = {}
+    for row in rows(Path(study.__file__).with_name("paper_tables.csv")):
+        of.setdefault((row["table"], row["row"]), []).append(row["value"])
+    assert len(of) > 60
+    for (table, name), values in of.items():
+        end = " ".join(values)
+        found = {line.removesuffix(end).strip() for line in lines if line.endswith(" " + end)}
+        # A group's first line bears its name, the others do not.
+        assert found & {name, name.partition(" ")[2]}, (table, name, end)
