@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,20 @@ def test_stores_and_folders_come_in_one_batch(tmp_path: Path, folder: Path) -> N
     for k, expected in enumerate(pixels):
         (row,) = np.flatnonzero(batch.index == IMAGES + k)
         assert np.abs(batch.tiles[row].astype(int) - expected).mean() < 3
+
+
+def test_a_batch_lasts_and_is_nobody_elses(tmp_path: Path) -> None:
+    """Tiles are decoded to their places in the batch, whose memory no later one may take."""
+    pixels = [blobs(12, seed) for seed in range(20)]
+    alone = open_tiles(DataConfig(stores=(str(write_store(tmp_path / "store", {"s": pixels})),)))
+    assert alone.canvas == (12, 12)
+    kept = []
+    for _, batch in batches(alone, READERS, 18, 0, 0, 6):
+        kept.append((batch, batch.tiles.copy()))
+    for batch, then in kept:
+        assert np.array_equal(batch.tiles, then)
+        assert np.array_equal(batch.tiles, [alone.read(i) for i in batch.index.tolist()])
+    assert not any(np.shares_memory(a.tiles, b.tiles) for (a, _), (b, _) in pairwise(kept))
 
 
 def test_a_batch_larger_than_the_data_is_refused_at_once(tiles: Tiles) -> None:
