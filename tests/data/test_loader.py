@@ -165,6 +165,33 @@ def test_a_batch_lasts_and_is_nobody_elses(tmp_path: Path) -> None:
     assert not any(np.shares_memory(a.tiles, b.tiles) for (a, _), (b, _) in pairwise(kept))
 
 
+@pytest.mark.parametrize("held", ["batch", "tiles", "row", "view of a view", "nothing"])
+def test_memory_is_taken_again_when_nothing_refers_to_it(tiles: Tiles, held: str) -> None:
+    feed = batches(tiles, DataConfig(threads=1, prefetch=0), 10, 0, 0, 40)
+    _, batch = next(feed)
+    keep = {
+        "batch": batch, "tiles": batch.tiles, "row": batch.tiles[3],
+        "view of a view": batch.tiles[2:8][1].view(np.int8)[..., ::-1], "nothing": None,
+    }[held]  # fmt: skip
+    then = None if held == "nothing" else np.array(getattr(keep, "tiles", keep))
+    first = batch.tiles.ctypes.data
+    del batch
+    later = set()
+    for step, batch in feed:
+        later.add(batch.tiles.ctypes.data)
+        for row, i in enumerate(batch.index):  # and nothing is left of what was there
+            h, w = 6 + i % 5, 6 + i % 3
+            assert np.array_equal(batch.tiles[row, :h, :w], noise(h, w, i)), step
+            assert not batch.tiles[row, h:].any()
+            assert not batch.tiles[row, :, w:].any()
+    assert len(later) <= 5
+    if held == "nothing":
+        assert first in later
+    else:
+        assert first not in later
+        assert np.array_equal(getattr(keep, "tiles", keep), then)
+
+
 def test_a_batch_larger_than_the_data_is_refused_at_once(tiles: Tiles) -> None:
     with pytest.raises(StoreError, match=r"23 tiles cannot fill a batch of 24.*--batch-size 23"):
         batches(tiles, READERS, 24, 0, 0, 1)
