@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxhisto.data.tfds_format import image_of
 from jaxhisto.errors import StoreError
 
 T = TypeVar("T")
@@ -97,7 +96,7 @@ class TileStore:
         Raises:
           IndexError, StoreError: as `self[i]`.
         """
-        return self._read(i, image_of)[1]
+        return self._read(i, _image)[1]
 
     def _read(self, i: int, parse: Callable[[bytes], T]) -> tuple[dict[str, Any], T]:
         """The manifest's entry of tile i's slide, and what `parse` makes of its record."""
@@ -248,14 +247,22 @@ def file_hash(file: Path) -> str:
         raise StoreError(f"{file}: cannot be read ({error.strerror}); check the disk") from error
 
 
+def _features(record: bytes) -> Any:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _image(record: bytes) -> bytes:
+    return bytes(_features(record)["image"].bytes_list.value[0])
+
+
 def _decoded(record: bytes) -> dict[str, Any]:
     """A serialised example as Python values; the image stays encoded.
 
     Parsed here and not by TFDS, which would decode the image on the way.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    feature = _features(record)
 
     def text(name: str) -> str:
         return str(feature[name].bytes_list.value[0].decode())

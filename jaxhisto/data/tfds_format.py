@@ -51,53 +51,6 @@ def serialised(example: Mapping[str, Any]) -> bytes:
     return _field(1, b"".join(_field(1, entry) for entry in entries))
 
 
-def image_of(record: bytes) -> bytes:
-    """`image` of a record, whatever order its features are in.
-
-    Protobuf's parser, which makes objects of all of them, takes five times as long.
-
-    Raises:
-      ValueError: not a record of `serialised` or TFDS.
-    """
-    try:
-        (features,) = _spans(record, 0, len(record), 1)
-        for entry in _spans(record, *features, 1):
-            key, value = _spans(record, *entry, 1, 2)
-            if record[slice(*key)] == b"image":
-                (found,) = _spans(record, *value, 1)
-                (image,) = _spans(record, *found, 1)
-                return record[slice(*image)]
-    except (IndexError, ValueError) as error:
-        raise ValueError("not a tile's record") from error
-    raise ValueError("no image in it")
-
-
-def _spans(record: bytes, at: int, end: int, *numbers: int) -> list[tuple[int, int]]:
-    """(start, end) of each field of a message that lies from `at` to `end`.
-
-    Args:
-      numbers: of its fields, in their order; one alone may come any number of times.
-
-    Raises:
-      ValueError, IndexError: other fields than these.
-    """
-    spans: list[tuple[int, int]] = []
-    while at < end:
-        expected = numbers[min(len(spans), len(numbers) - 1)]
-        if record[at] != expected << 3 | 2:
-            raise ValueError(f"no field {expected}")
-        length, shift, at = 0, 0, at + 1
-        while (digit := record[at]) > 0x7F:
-            length |= (digit & 0x7F) << shift
-            shift, at = shift + 7, at + 1
-        at += 1
-        spans.append((at, at + (length | digit << shift)))
-        at = spans[-1][1]
-    if at != end or len(spans) < len(numbers):
-        raise ValueError("a length that does not fit")
-    return spans
-
-
 def _feature(value: bytes | str | int | float) -> bytes:
     """A `tf.train.Feature` of one value: bytes and text, float32 or int64."""
     if isinstance(value, (bytes, str)):

@@ -11,12 +11,13 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from made_images import blobs, noise, write_pngs, write_store
 
 from jaxhisto.config import DataConfig
-from jaxhisto.data.loader import batches, global_indices
+from jaxhisto.data.loader import _Canvases, batches, global_indices
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.errors import ConfigError, StoreError
 
@@ -190,6 +191,21 @@ def test_memory_is_taken_again_when_nothing_refers_to_it(tiles: Tiles, held: str
     else:
         assert first not in later
         assert np.array_equal(getattr(keep, "tiles", keep), then)
+
+
+@pytest.mark.parametrize("side", [64, 67])
+def test_memory_that_jax_still_reads_is_not_taken(side: int) -> None:
+    """On a CPU an array on a device may be the batch's own memory."""
+    canvases, kept = _Canvases((8, side, side, 3)), []
+    for k in range(6):
+        memory = canvases.take()
+        memory[:] = k
+        kept.append((k, jax.device_put(memory), jax.device_put(memory[2:5])))
+        del memory
+        canvases.take()[:] = 99
+    for k, whole, part in kept:
+        assert (np.asarray(whole) == k).all()
+        assert (np.asarray(part) == k).all()
 
 
 def test_a_batch_larger_than_the_data_is_refused_at_once(tiles: Tiles) -> None:

@@ -7,9 +7,8 @@ import io
 import numpy as np
 import pytest
 from tensorflow_datasets.core import example_serializer
-from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxhisto.data.tfds_format import features, image_of, serialised
+from jaxhisto.data.tfds_format import features, serialised
 
 LARGE = 2**62
 CASES = [
@@ -36,29 +35,3 @@ def test_a_record_is_tfdss(image, slide, dataset, x, y, mpp):
     assert serialised({**example, "mpp": np.float32(mpp), "x": np.int64(x)}) == ours
     shuffled = dict(sorted(example.items(), key=lambda item: item[0][::-1]))
     assert serialised(shuffled) == ours
-    assert image_of(ours) == expected.features.feature["image"].bytes_list.value[0] == image
-
-
-def test_the_image_is_found_in_any_order_of_features(monkeypatch):
-    example = {
-        "dataset": "d", "image": b"JPEG" * 99, "mpp_source": "flag", "mpp": 0.5, "slide": "s",
-        "x": -3, "y": 4,
-    }  # fmt: skip
-    for order in (list(example), list(example)[::-1], ["image", *example]):
-        monkeypatch.setattr("jaxhisto.data.tfds_format.ORDER", order)
-        record = serialised(example)
-        theirs = tf_example_pb2.Example.FromString(record).features.feature["image"]
-        assert image_of(record) == theirs.bytes_list.value[0] == example["image"]
-
-
-def test_what_is_no_record_is_refused():
-    record = serialised(
-        {"image": b"JPEG" * 50, "slide": "s", "dataset": "d", "x": 1, "y": 2, "mpp": 0.5,
-         "mpp_source": "flag"}
-    )  # fmt: skip
-    for end in range(len(record)):
-        with pytest.raises(ValueError, match="not a tile's record"):
-            image_of(record[:end])
-    for data in (b"\xff" * 300, record + b"\0", record.replace(b"\x05image", b"\x05imagf")):
-        with pytest.raises(ValueError, match=r"not a tile's record|no image in it"):
-            image_of(data)
