@@ -1,7 +1,7 @@
 """Images a second that jaxhisto's loader and torch DataLoaders give of the same JPEG tiles.
 
     python benchmarks/loader.py [--store STORE --batch 64 --images 1536 --repeats 5 --cores 1 2
-                                 --step IMAGES_PER_S --json FILE]
+                                 --peers files+torchvision ... --step IMAGES_PER_S --json FILE]
 
 All read the same tiles in a random order and hand over the same pixels, which is checked: batches
 of uint8 in host memory. jaxhisto runs in one process, its peers in another (`loader_peers.py`);
@@ -12,16 +12,17 @@ too, the second is the one to believe.
 
   jaxhisto             `loader.batches` over the store, threads and prefetch as they come
   files+DECODER        a torch DataLoader over a Dataset of the same JPEGs as files, decoded by
-                       torchvision.io, Pillow, OpenCV or simplejpeg
+                       torchvision.io, Pillow or simplejpeg
   store+torchvision    the same over the store's own ArrayRecord: TFDS's as_data_source, its image
                        left encoded
   store+tfds           as_data_source as it comes, which decodes as well
 
-The peers' workers are tuned first, by one turn each with 0, 1 and 2 of them (persistent, nothing
-pinned, prefetch_factor as it comes); the best goes on. `decoders` are alone on one core, bytes in
-memory to a new array. Without --store, one of made tiles is written; `jaxhisto tile` cuts real
-ones. --step is what a training step takes, for the verdict. A row whose turns spread by more than
-a quarter is inconclusive by the clock and says so.
+Each peer runs with 0 workers (`/0`) to as many as there are cores (persistent, nothing pinned,
+prefetch_factor as it comes), and the best of them is what counts: by the clock the quickest, by
+CPU seconds the thriftiest. `decoders` are alone on one core, bytes in memory to a new array.
+Without --store, one of made tiles is written; `jaxhisto tile` cuts real ones. --step is what a
+training step takes, for the verdict. A row whose turns spread by more than a quarter is
+inconclusive by the clock and says so.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ from typing import Any
 
 import numpy as np
 
-WORKERS = (0, 1, 2)
 USUAL = ("files+torchvision", "files+pillow", "store+torchvision", "store+tfds")
-BY_HAND = ("files+opencv", "files+simplejpeg")  # decoders that a user has to bring
+BY_HAND = ("files+simplejpeg",)  # a decoder that a user has to bring
 SPREAD = 0.25  # (fastest - slowest) / median, above which the clock concludes nothing
 MADE = 512  # tiles of a made store
 
@@ -53,10 +53,18 @@ def main() -> None:
         with Child("jaxhisto", job) as ours, Child("torch", job) as torch:
             data = same_pixels(ours, torch)
             decoders = torch.ask(decoders=args.repeats)["decoders"]
-            found = {cores: measure(ours, torch, cores, args.repeats) for cores in args.cores}
+            found = {
+                cores: measure(ours, torch, args.peers, cores, args.repeats) for cores in args.cores
+            }
             versions = ours.ask(versions=True) | torch.ask(versions=True)
     record = {
-        "what": {"batch": args.batch, "images": args.images, "repeats": args.repeats, **data},
+        "what": {
+            "batch": args.batch,
+            "images": args.images,
+            "repeats": args.repeats,
+            "peers": list(args.peers),
+            **data,
+        },
         "settings": {"jaxhisto": ours.hello["settings"], "torch": torch.hello["settings"]},
         "decoders": decoders,
         "cores": found,
@@ -87,6 +95,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cores", type=int, nargs="+", default=[], help="how many to use, by turns"
     )
+    peers = (*USUAL, *BY_HAND)
+    parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     parser.add_argument("--step", type=float, default=0.0, help="images/s of a training step")
     parser.add_argument("--json", help="write the record there")
     args = parser.parse_args()
@@ -139,17 +149,17 @@ def same_pixels(ours: Child, torch: Child) -> dict[str, Any]:
     return {**mine["data"], "missing": missing}
 
 
-def measure(ours: Child, torch: Child, cores: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """By name: workers, and images/s and images a CPU second of each turn."""
-    found: dict[str, dict[str, Any]] = {"jaxhisto": {"turns": []}}
-    for name in torch.hello["names"]:
-        tried = {n: torch.ask(turn=name, workers=n, cores=cores)["images_per_s"] for n in WORKERS}
-        best = max(tried, key=lambda n: tried[n])
-        found[name] = {"workers": best, "tried": tried, "turns": []}
+def measure(
+    ours: Child, torch: Child, only: list[str], cores: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """By name (a peer's with its workers): images/s and images a CPU second of each turn."""
+    names = [f"{name}/{n}" for name in only for n in range(cores + 1)]
+    found: dict[str, dict[str, Any]] = {name: {"turns": []} for name in ("jaxhisto", *names)}
     for turn in range(repeats):
         for name, row in found.items():
-            side = ours if name == "jaxhisto" else torch
-            row["turns"].append(side.ask(turn=name, workers=row.get("workers", 0), cores=cores))
+            what, _, workers = name.partition("/")
+            side = torch if workers else ours
+            row["turns"].append(side.ask(turn=what, workers=int(workers or 0), cores=cores))
             print(f"\r{cores} cores: {turn + 1}/{repeats} {name:<20}", end="", file=sys.stderr)
     print(file=sys.stderr)
     return found
@@ -170,8 +180,9 @@ def paired(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> float:
     return statistics.median(a[what] / b[what] for a, b in pairs)
 
 
-def best_of(rows: dict[str, Any], names: tuple[str, ...]) -> str:
-    return max((name for name in names if name in rows), key=lambda name: rate(rows[name]))
+def best_of(rows: dict[str, Any], names: tuple[str, ...], what: str) -> str:
+    some = [name for name in rows if name.partition("/")[0] in names]
+    return max(some, key=lambda name: rate(rows[name], what))
 
 
 def ratio_line(record: dict[str, Any]) -> str:
@@ -179,15 +190,16 @@ def ratio_line(record: dict[str, Any]) -> str:
     said = []
     for cores, rows in record["cores"].items():
         ours = rows["jaxhisto"]
-        for what, names in (("", USUAL), ("with a decoder brought by hand, ", BY_HAND)):
-            name = best_of(rows, names)
-            peer = rows[name]
-            said.append(
-                f"{paired(ours, peer, 'images_per_s'):.2f} on {cores} core{'s' * (int(cores) > 1)} "
-                f"({paired(ours, peer, 'images_per_cpu_s'):.2f} a CPU second) = jaxhisto "
-                f"{rate(ours):.0f} / {what}{name} {rate(peer):.0f} images/s with {peer['workers']} "
-                "workers"
-            )
+        for names in (USUAL, BY_HAND):
+            if not any(row.partition("/")[0] in names for row in rows):
+                continue
+            for what, unit in (("images_per_s", "images/s"), ("images_per_cpu_s", "images/CPU s")):
+                name = best_of(rows, names, what)
+                said.append(
+                    f"{paired(ours, rows[name], what):.2f} on {cores} core{'s' * (int(cores) > 1)}"
+                    f" = jaxhisto {rate(ours, what):.0f} / {name} {rate(rows[name], what):.0f} "
+                    f"{unit}"
+                )
     what = record["what"]
     return (
         f"ratio {'; '.join(said)} ({what['side']} px, {what['kb']:.0f} kB a tile, batch "
@@ -205,8 +217,8 @@ def tables(record: dict[str, Any]) -> str:
     ]
     for cores, rows in record["cores"].items():
         head = f"loader, {cores} core{'s' * (int(cores) > 1)}"
-        lines += ["", f"| {head} | workers | images/s | slowest to fastest | images / CPU s |"]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["", f"| {head} | images/s | slowest to fastest | images / CPU s |"]
+        lines += ["|---|---|---|---|"]
         lines += [line(name, rows[name]) for name in sorted(rows, key=lambda n: -rate(rows[n]))]
     return "\n".join(lines)
 
@@ -214,10 +226,8 @@ def tables(record: dict[str, Any]) -> str:
 def line(name: str, row: dict[str, Any]) -> str:
     speeds = [turn["images_per_s"] for turn in row["turns"]]
     noisy = ", inconclusive" if spread(row) > SPREAD else ""
-    return (
-        f"| {name} | {row.get('workers', '')} | {rate(row):,.0f} | {min(speeds):,.0f} to "
-        f"{max(speeds):,.0f}{noisy} | {rate(row, 'images_per_cpu_s'):,.0f} |"
-    )
+    by_clock = f"{rate(row):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f}{noisy}"
+    return f"| {name} | {by_clock} | {rate(row, 'images_per_cpu_s'):,.0f} |"
 
 
 def verdict(loader: float, step: float) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 CHECKED = 16  # tiles whose pixels are compared
-WARM = 6  # batches that do not count, at the least: more than any side reads ahead
+WARM = 6  # batches that do not count: more than any side reads ahead
 PACKAGES = (
     "torch", "torchvision", "pillow", "opencv-python-headless", "simplejpeg", "array-record",
     "tensorflow-datasets",
@@ -139,6 +139,9 @@ class Torch:
         from jaxhisto.data.store import TileStore
 
         torch.manual_seed(0)
+        # Without workers, batches are stacked here, by threads that spin: where a core is taken
+        # from them, that costs twenty times the decoding.
+        torch.set_num_threads(1)
         store = TileStore(job["store"], verify=False)
         self.batch, self.jpegs = job["batch"], [store.image(i) for i in range(len(store))]
         folder = Path(job["files"]) / "jpegs"
@@ -148,9 +151,8 @@ class Torch:
             file.write_bytes(data)
         self.datasets = {
             "files+torchvision": Files(files, by_torchvision, torchvision_reads),
-            "files+pillow": Files(files, tensor_of(by_pillow)),
-            "files+opencv": Files(files, tensor_of(by_opencv)),
-            "files+simplejpeg": Files(files, tensor_of(by_simplejpeg)),
+            "files+pillow": Files(files, Tensors(by_pillow)),
+            "files+simplejpeg": Files(files, Tensors(by_simplejpeg)),
             "store+torchvision": Stored(job["store"], encoded=True),
             "store+tfds": Stored(job["store"], encoded=False),
         }
@@ -226,10 +228,6 @@ def by_torchvision(data: Any) -> Any:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0)  # as it lies in memory
-
-
-def tensor_of(decode: Callable[[bytes], np.ndarray]) -> Callable[[bytes], Any]:
-    return Tensors(decode)
 
 
 class Tensors:
