@@ -107,10 +107,10 @@ class MadeTiles:
     def __len__(self) -> int:
         return self._count
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, out: np.ndarray | None = None) -> np.ndarray:
         from jaxhisto.data.images import decode_jpeg
 
-        return decode_jpeg(self._jpegs[i % DISTINCT])
+        return decode_jpeg(self._jpegs[i % DISTINCT], out)
 
     def sizes(self, i: int) -> tuple[int, int]:
         return self.canvas

@@ -118,7 +118,7 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._cells)
 
-    def read(self, i: int) -> Pixels:
+    def read(self, i: int, out: Pixels | None = None) -> Pixels:
         n, top, left, h, w = self._cells[i]
         image = self.images[n]
         try:

@@ -74,9 +74,9 @@ class Listed:
     def __len__(self) -> int:
         return len(self._at)
 
-    def read(self, i: int) -> NDArray[np.uint8]:
+    def read(self, i: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         source, row = self.at(i)
-        return source.read(row)
+        return source.read(row, out)
 
     def size(self, i: int) -> tuple[int, int]:
         source, row = self.at(i)

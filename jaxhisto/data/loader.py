@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,32 +96,88 @@ def global_indices(seed: int, step: int, n_tiles: int, batch_size: int) -> NDArr
     return _indices(seed, step, n_tiles, batch_size, range(batch_size))
 
 
-class _Pieces(Sequence[Batch]):
-    """The rows of all steps, cut into pieces of at most PIECE_ROWS that never span two steps."""
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a batch that have been read; all pieces of a batch hold the same one."""
+
+    batch: Batch
+    rows: slice
+
+
+class _Pieces(Sequence[_Piece]):
+    """The rows of all steps, cut into pieces of at most PIECE_ROWS that never span two steps.
+
+    A batch is allocated with the first of its pieces, and each is decoded to its place in it:
+    joining them afterwards would copy every pixel once more. It lives as long as anyone holds a
+    piece of it.
+    """
 
     def __init__(self, tiles: Tiles, batch_size: int, seed: int, steps: range, rows: range) -> None:
         self.tiles, self.batch_size, self.seed, self.steps = tiles, batch_size, seed, steps
-        self.parts = [rows[i : i + PIECE_ROWS] for i in range(0, len(rows), PIECE_ROWS)]
+        self.rows = rows
+        self.parts = [
+            slice(i, min(i + PIECE_ROWS, len(rows))) for i in range(0, len(rows), PIECE_ROWS)
+        ]
+        self._lock = threading.Lock()
+        self._begun: WeakValueDictionary[int, Batch] = WeakValueDictionary()
+        self._canvases = _Canvases((len(rows), *tiles.canvas, 3))
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.parts)
 
-    def __getitem__(self, i: int) -> Batch:  # type: ignore[override]  # Grain takes no slices
+    def __getitem__(self, i: int) -> _Piece:  # type: ignore[override]  # Grain takes no slices
         step, part = divmod(i, len(self.parts))
-        rows = self.parts[part]
-        index = _indices(self.seed, self.steps[step], len(self.tiles), self.batch_size, rows)
-        return _read(self.tiles, index)
+        with self._lock:
+            batch = self._begun.get(step)
+            if batch is None:
+                batch = self._begun[step] = self._empty(self.steps[step])
+        piece = _Piece(batch, self.parts[part])
+        _read(self.tiles, piece)
+        return piece
+
+    def _empty(self, step: int) -> Batch:
+        index = _indices(self.seed, step, len(self.tiles), self.batch_size, self.rows)
+        return Batch(index, self._canvases.take(), np.zeros((len(index), 2), np.int32))
 
 
-def _read(tiles: Tiles, index: NDArray[np.int64]) -> Batch:
-    canvas = np.zeros((len(index), *tiles.canvas, 3), np.uint8)
-    sizes = np.zeros((len(index), 2), np.int32)
-    for row, i in enumerate(index.tolist()):
-        tile = tiles.read(i)
+class _Canvases:
+    """Memory of batches, taken again once no array refers to it any more.
+
+    To get it anew from the system, page by page, took a tenth of the time of a batch.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape, self._free = shape, list[NDArray[np.uint8]]()
+
+    def take(self) -> NDArray[np.uint8]:
+        """An array of the shape, with anything in it."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(self._shape, np.uint8)
+        lent = _Lent(memory.__array_interface__)
+        # When the array and all views of it are gone, whoever made them: each holds `lent`.
+        finalize(lent, self._free.append, memory).atexit = False
+        return np.asarray(lent)
+
+
+class _Lent:
+    """What NumPy makes an array of and then holds, as the array's and its views' `base`."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _read(tiles: Tiles, piece: _Piece) -> None:
+    batch, rows = piece.batch, piece.rows
+    for row, i in enumerate(batch.index[rows].tolist(), rows.start):
+        canvas = batch.tiles[row]
+        tile = tiles.read(i, canvas)
         h, w = tile.shape[:2]
-        canvas[row, :h, :w] = tile
-        sizes[row] = h, w
-    return Batch(index, canvas, sizes)
+        if tile is not canvas:
+            canvas[:h, :w] = tile
+            canvas[h:] = canvas[:h, w:] = 0
+        batch.sizes[row] = h, w
 
 
 def _joined(pieces: _Pieces, config: DataConfig) -> Generator[tuple[int, Batch], None, None]:
@@ -131,10 +191,9 @@ def _joined(pieces: _Pieces, config: DataConfig) -> Generator[tuple[int, Batch],
     threads = min(config.threads or cores(), max(ahead, 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     dataset = grain.MapDataset.source(pieces).to_iter_dataset(options)
-    # Joining copies a whole batch; a thread of its own keeps that out of the training loop.
     iterator = iter(
         grain.experimental.ThreadPrefetchIterDataset(
-            dataset.batch(a_step, batch_fn=_join), prefetch_buffer_size=min(config.prefetch, 1)
+            dataset.batch(a_step, batch_fn=_whole), prefetch_buffer_size=min(config.prefetch, 1)
         )
     )
     try:
@@ -143,14 +202,12 @@ def _joined(pieces: _Pieces, config: DataConfig) -> Generator[tuple[int, Batch],
         iterator.close()
 
 
-def _join(pieces: Sequence[Batch]) -> Batch:
-    if len(pieces) == 1:
-        return pieces[0]
-    return Batch(
-        np.concatenate([piece.index for piece in pieces]),
-        np.concatenate([piece.tiles for piece in pieces]),
-        np.concatenate([piece.sizes for piece in pieces]),
-    )
+def _whole(pieces: Sequence[_Piece]) -> Batch:
+    """The batch that these are all pieces of."""
+    batch = pieces[0].batch
+    if any(piece.batch is not batch for piece in pieces):
+        raise AssertionError("pieces of two batches under one step")  # rows would be missing
+    return batch
 
 
 def _indices(seed: int, step: int, n_tiles: int, batch_size: int, rows: range) -> NDArray[np.int64]:

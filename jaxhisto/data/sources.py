@@ -102,15 +102,19 @@ class Tiles:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def read(self, i: int) -> NDArray[np.uint8]:
+    def read(self, i: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Tile i, (h, w, 3) uint8 RGB.
+
+        Args:
+          out: (H, W, 3) uint8, contiguous; a tile of this size may be decoded into it, and is then
+            it. It is as it was where another array comes back.
 
         Raises:
           IndexError: i is not in [-len, len).
           StoreError: the tile cannot be read, or its file changed since it was opened.
         """
         source, row = self._find(i)
-        return source.read(row)
+        return source.read(row, out)
 
     def sizes(self, i: int) -> tuple[int, int]:
         """Height and width of tile i, without reading it."""
@@ -196,7 +200,10 @@ class Source(Protocol):
     matched: set[str]
 
     def __len__(self) -> int: ...
-    def read(self, i: int) -> NDArray[np.uint8]: ...
+    def read(self, i: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """As `Tiles.read`; most sources make no use of `out`."""
+        ...
+
     def size(self, i: int) -> tuple[int, int]: ...
     def name(self, i: int) -> str: ...
     def located(self, i: int, at: tuple[int, int] | None = None) -> Place: ...
@@ -244,9 +251,11 @@ class StoreSource:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def read(self, i: int) -> NDArray[np.uint8]:
+    def read(self, i: int, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        if out is not None and out.shape[:2] != self.canvas:
+            out = None
         try:
-            tile = decode_jpeg(self._store[self._kept[i]]["image"])
+            tile = decode_jpeg(self._store.image(self._kept[i]), out)
         except ImageError as error:
             raise StoreError(f"{self.name(i)}: {error}.") from error
         if tile.shape[:2] != self.canvas:

@@ -22,11 +22,13 @@ import itertools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxhisto.errors import StoreError
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
@@ -84,12 +86,26 @@ class TileStore:
           IndexError: i is not in [-len, len).
           StoreError: the record cannot be read, or its shard changed since the store was opened.
         """
+        slide, tile = self._read(i, _decoded)
+        # The record holds it as float32; the manifest as it was stated.
+        return {**tile, "mpp": slide["tile_mpp"]}
+
+    def image(self, i: int) -> bytes:
+        """The JPEG of tile i alone.
+
+        Raises:
+          IndexError, StoreError: as `self[i]`.
+        """
+        return self._read(i, _image)[1]
+
+    def _read(self, i: int, parse: Callable[[bytes], T]) -> tuple[dict[str, Any], T]:
+        """The manifest's entry of tile i's slide, and what `parse` makes of its record."""
         index = range(len(self))[i]
         at = bisect.bisect_right(self._ends, index)
         slide, (shard, start) = self._slides[at], self._places[at]
         row = start + index - self._ends[at] + slide["tiles"]
         try:
-            tile = _decoded(self._reader(shard).read([row])[0])
+            tile = parse(self._reader(shard).read([row])[0])
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
             raise StoreError(
                 f"{self._files[shard]}: tile {row} cannot be read ({error}); cut the slides again "
@@ -101,8 +117,7 @@ class TileStore:
                 f"{self._files[shard]}: changed or vanished since the run opened it (tile {row}); "
                 "put the file back as it was, or start a new run"
             )
-        # The record holds it as float32; the manifest as it was stated.
-        return {**tile, "mpp": slide["tile_mpp"]}
+        return slide, tile
 
     def slides(self) -> list[str]:
         """The slide id of each tile index, from the manifest."""
@@ -232,14 +247,22 @@ def file_hash(file: Path) -> str:
         raise StoreError(f"{file}: cannot be read ({error.strerror}); check the disk") from error
 
 
+def _features(record: bytes) -> Any:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _image(record: bytes) -> bytes:
+    return bytes(_features(record)["image"].bytes_list.value[0])
+
+
 def _decoded(record: bytes) -> dict[str, Any]:
     """A serialised example as Python values; the image stays encoded.
 
     Parsed here and not by TFDS, which would decode the image on the way.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    feature = _features(record)
 
     def text(name: str) -> str:
         return str(feature[name].bytes_list.value[0].decode())

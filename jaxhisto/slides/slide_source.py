@@ -99,7 +99,7 @@ class SlidesSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, i: int) -> Pixels:
+    def read(self, i: int, out: Pixels | None = None) -> Pixels:
         chosen, row = self._find(i)
         x, y = chosen.corners[row].tolist()
         try:

@@ -13,7 +13,7 @@ import tifffile
 from made_images import blobs, encoded, noise
 from PIL import Image
 
-from jaxhisto.data.images import ImageError, decode_image, decode_jpeg
+from jaxhisto.data.images import ImageError, decode_image, decode_jpeg, jpeg_is_whole
 from jaxhisto.data.store_writer import encode_jpeg
 
 RGB = noise(20, 30)
@@ -170,6 +170,85 @@ def test_stored_tiles_are_rgb_as_pillow_reads_them() -> None:
     pillow = np.asarray(Image.open(io.BytesIO(data)))
     assert np.abs(ours.astype(int) - pillow).max() <= 1  # two libjpegs may round differently
     assert np.abs(ours.astype(int) - blobs(64)).mean() < 3  # and not BGR
+
+
+def by_opencv(data: bytes) -> np.ndarray | None:
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    return None if bgr is None else bgr[..., ::-1]
+
+
+def grainy(height: int, width: int) -> np.ndarray:
+    """Coloured spots under a fine grain: every coefficient of a JPEG is in use."""
+    spots = cv2.resize(noise(3, 4), (width, height), interpolation=cv2.INTER_CUBIC)
+    return (spots // 2 + noise(height, width, 1) // 4).astype(np.uint8)
+
+
+@pytest.mark.parametrize("side", [(1, 1), (7, 9), (33, 31), (97, 224)])
+@pytest.mark.parametrize("factor", ["444", "422", "420", "440", "411"])
+def test_stored_tiles_are_the_pixels_that_opencv_reads(
+    factor: str, side: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of runs that are under way must not change: not a bit, and not by falling back."""
+    monkeypatch.setattr("jaxhisto.data.images._by_opencv", None)
+    sampling = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{factor}")
+    for quality in (30, 95, 100):
+        for progressive in (0, 1):
+            flags = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+            flags += [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive]
+            data = cv2.imencode(".jpg", grainy(*side), flags)[1].tobytes()
+            assert np.array_equal(decode_jpeg(data), by_opencv(data))
+
+
+def test_odd_kinds_of_stored_tiles_are_as_opencv_reads_them() -> None:
+    picture = Image.fromarray(grainy(33, 31))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    for data in (
+        encoded(picture.convert("L"), "JPEG"),
+        encoded(picture.convert("CMYK"), "JPEG"),
+        encoded(picture, "JPEG", keep_rgb=True),
+        encoded(picture, "JPEG", exif=turned),
+        encoded(picture, "JPEG", restart_marker_blocks=1),
+    ):
+        assert np.array_equal(decode_jpeg(data), by_opencv(data))
+
+
+def test_a_damaged_stored_tile_is_what_opencv_makes_of_it() -> None:
+    """Also where it is decoded to a place that held something."""
+    data, rng, odd = encode_jpeg(grainy(40, 40), 95, "4:2:0"), np.random.default_rng(0), 0
+    for i in rng.integers(2, len(data) - 2, 60).tolist():
+        flipped = data[:i] + bytes([data[i] ^ int(rng.integers(1, 256))]) + data[i + 1 :]
+        expected, out = by_opencv(flipped), np.full((40, 40, 3), 7, np.uint8)
+        if expected is None or not jpeg_is_whole(flipped):
+            with pytest.raises(ImageError, match="cut the slides again"):
+                decode_jpeg(flipped, out)
+            continue
+        assert np.array_equal(decode_jpeg(flipped, out), expected)
+        odd += not np.array_equal(expected, by_opencv(data))
+    assert odd > 20
+
+
+@pytest.mark.parametrize("larger", [0, 8, -8])
+def test_a_stored_tile_is_decoded_to_its_place(larger: int) -> None:
+    data, side = encode_jpeg(grainy(40, 40), 95, "4:4:4"), 40 + larger
+    batch = np.full((3, side, side, 3), 7, np.uint8)
+    out = batch[1]
+    got = decode_jpeg(data, out)
+    assert np.array_equal(got, by_opencv(data))
+    assert (got is out) == (larger == 0)
+    assert (batch[[0, 2]] == 7).all()
+    if got is not out:
+        assert not np.shares_memory(got, batch)
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b"\xff", b"\xff\xd9", b"\0\0\xff\xda\0", b"\xff\xda\xff\xd9"]
+)
+@pytest.mark.parametrize("scans", [0, 1, 2])
+def test_a_whole_jpeg_has_its_end_after_its_last_scan(scans: int, tail: bytes) -> None:
+    data = b"\xff\xd8\0" + b"\xff\xda\1\2" * scans + b"\xff\xd9" * (scans > 1) + tail
+    assert jpeg_is_whole(data) == (data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") >= 0)
 
 
 @pytest.mark.parametrize("cut", [0, 2, 10, -2, -40])

@@ -8,14 +8,16 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from made_images import blobs, noise, write_pngs, write_store
 
 from jaxhisto.config import DataConfig
-from jaxhisto.data.loader import batches, global_indices
+from jaxhisto.data.loader import _Canvases, batches, global_indices
 from jaxhisto.data.sources import Tiles, open_tiles
 from jaxhisto.errors import ConfigError, StoreError
 
@@ -148,6 +150,62 @@ def test_stores_and_folders_come_in_one_batch(tmp_path: Path, folder: Path) -> N
     for k, expected in enumerate(pixels):
         (row,) = np.flatnonzero(batch.index == IMAGES + k)
         assert np.abs(batch.tiles[row].astype(int) - expected).mean() < 3
+
+
+def test_a_batch_lasts_and_is_nobody_elses(tmp_path: Path) -> None:
+    """Tiles are decoded to their places in the batch, whose memory no later one may take."""
+    pixels = [blobs(12, seed) for seed in range(20)]
+    alone = open_tiles(DataConfig(stores=(str(write_store(tmp_path / "store", {"s": pixels})),)))
+    assert alone.canvas == (12, 12)
+    kept = []
+    for _, batch in batches(alone, READERS, 18, 0, 0, 6):
+        kept.append((batch, batch.tiles.copy()))
+    for batch, then in kept:
+        assert np.array_equal(batch.tiles, then)
+        assert np.array_equal(batch.tiles, [alone.read(i) for i in batch.index.tolist()])
+    assert not any(np.shares_memory(a.tiles, b.tiles) for (a, _), (b, _) in pairwise(kept))
+
+
+@pytest.mark.parametrize("held", ["batch", "tiles", "row", "view of a view", "nothing"])
+def test_memory_is_taken_again_when_nothing_refers_to_it(tiles: Tiles, held: str) -> None:
+    feed = batches(tiles, DataConfig(threads=1, prefetch=0), 10, 0, 0, 40)
+    _, batch = next(feed)
+    keep = {
+        "batch": batch, "tiles": batch.tiles, "row": batch.tiles[3],
+        "view of a view": batch.tiles[2:8][1].view(np.int8)[..., ::-1], "nothing": None,
+    }[held]  # fmt: skip
+    then = None if held == "nothing" else np.array(getattr(keep, "tiles", keep))
+    first = batch.tiles.ctypes.data
+    del batch
+    later = set()
+    for step, batch in feed:
+        later.add(batch.tiles.ctypes.data)
+        for row, i in enumerate(batch.index):  # and nothing is left of what was there
+            h, w = 6 + i % 5, 6 + i % 3
+            assert np.array_equal(batch.tiles[row, :h, :w], noise(h, w, i)), step
+            assert not batch.tiles[row, h:].any()
+            assert not batch.tiles[row, :, w:].any()
+    assert len(later) <= 5
+    if held == "nothing":
+        assert first in later
+    else:
+        assert first not in later
+        assert np.array_equal(getattr(keep, "tiles", keep), then)
+
+
+@pytest.mark.parametrize("side", [64, 67])
+def test_memory_that_jax_still_reads_is_not_taken(side: int) -> None:
+    """On a CPU an array on a device may be the batch's own memory."""
+    canvases, kept = _Canvases((8, side, side, 3)), []
+    for k in range(6):
+        memory = canvases.take()
+        memory[:] = k
+        kept.append((k, jax.device_put(memory), jax.device_put(memory[2:5])))
+        del memory
+        canvases.take()[:] = 99
+    for k, whole, part in kept:
+        assert (np.asarray(whole) == k).all()
+        assert (np.asarray(part) == k).all()
 
 
 def test_a_batch_larger_than_the_data_is_refused_at_once(tiles: Tiles) -> None:

@@ -70,6 +70,7 @@ def test_tfds_reads_the_store(tmp_path):
         theirs, ours = source[i], store[i]
         assert theirs["slide"].decode() == ours["slide"] == ("a" if i < 3 else "b")
         assert (theirs["x"], theirs["y"]) == (ours["x"], ours["y"])
+        assert store.image(i) == ours["image"]
         assert theirs["mpp"] == np.float32(0.499)
         assert ours["mpp"] == 0.499
         assert theirs["mpp_source"].decode() == ours["mpp_source"] == "flag"
@@ -165,6 +166,8 @@ def test_a_record_that_cannot_be_read_names_its_shard(tmp_path):
 
     with pytest.raises(StoreError, match=f"{part.name}: tile 0 cannot be read"):
         TileStore(tmp_path / "s", verify=False)[0]
+    with pytest.raises(StoreError, match=f"{part.name}: tile 0 cannot be read"):
+        TileStore(tmp_path / "s", verify=False).image(0)
 
 
 @pytest.mark.parametrize("was_read", [False, True])
@@ -189,6 +192,8 @@ def test_a_shard_that_changed_since_opening_is_refused_by_name(
         part.unlink()
     with pytest.raises(StoreError, match=rf"{part.name}: (changed|tile 0 cannot be read)"):
         store[0]
+    with pytest.raises(StoreError, match=rf"{part.name}: (changed|tile 0 cannot be read)"):
+        store.image(0)
     assert store[3]["slide"] == "b"  # the others are as they were
 
 
