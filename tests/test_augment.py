@@ -300,8 +300,8 @@ def test_parameters_depend_on_key_row_and_view_alone():
 @pytest.mark.parametrize(
     ("axis_type", "form"),
     [
-        (AxisType.Explicit, None),
-        (AxisType.Auto, None),
+        pytest.param(AxisType.Explicit, None, marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, None, marks=pytest.mark.slow),
         (AxisType.Explicit, augment.views_by_products),
     ],
 )

@@ -133,7 +133,10 @@ def test_another_depth_than_asked_for_is_refused(jaxhisto, foreign, tmp_path):
     assert "resnet50" in said
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=[pytest.mark.slow] if x != "published" else []) for x in LAYOUTS],
+)
 def test_import_undoes_export_to_the_last_bit(layout, jaxhisto, ours, tmp_path):
     out, back = tmp_path / LAYOUTS[layout], tmp_path / "back.safetensors"
     assert jaxhisto("export", ours, "--layout", layout, "--out", out)[0] == 0
@@ -215,6 +218,7 @@ def test_an_unknown_zoo_name_lists_what_there_is(jaxhisto, tmp_path):
     assert "ae652d1a586c" in said or "ciga-tenpercent-native" in said
 
 
+@pytest.mark.slow
 def test_pretraining_starts_from_an_imported_encoder(jaxhisto, foreign, tmp_path):
     assert jaxhisto("import", foreign, "--out", tmp_path / "encoder", *IMAGENET)[0] == 0
     images = tmp_path / "images"

@@ -206,6 +206,7 @@ print(*found.notes, sep="|")
 """
 
 
+@pytest.mark.slow
 def test_a_real_lightning_file_without_lightning_or_torch(tmp_path: Path) -> None:
     for code, args in ((LIGHTNING, [tmp_path]), (READ, ["lightning.ckpt", "read.npz"])):
         done = subprocess.run(

@@ -29,6 +29,8 @@ from jaxhisto_export.architecture import ARCHITECTURES
 from jaxhisto_export.verify import VerifyResult, verify
 
 NAMES = ["background", "nucleus", "stroma"]
+pytestmark = pytest.mark.slow  # a UNet is trained for it
+
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.22)
 GOLDEN = ".golden.safetensors"
 

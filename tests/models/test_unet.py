@@ -178,6 +178,7 @@ def mostly_on(path: tuple, leaf: np.ndarray) -> np.ndarray:
     return leaf + 3.0 if names[-1] == "bias" and "segmentation_head" not in names else leaf
 
 
+@pytest.mark.slow
 def test_one_truth_on_one_and_four_devices() -> None:
     images = smooth(8, 32, 32).astype(np.float32)
     params, stats = unet.init("resnet10", CLASSES, seed=0)

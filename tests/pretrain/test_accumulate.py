@@ -88,6 +88,7 @@ def gradient_error(found: Any, expected: Any) -> float:
     return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs) / float(size)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_the_same_training(at_once: Result, on_four: tuple[Result, str]) -> None:
     check_same_training(on_four[0], at_once)
 

@@ -331,7 +331,8 @@ def from_disk(images: Path, tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_a_run_from_the_devices_has_the_same_losses(
     from_disk, images: Path, tmp_path: Path, devices: int
 ) -> None:

@@ -99,6 +99,7 @@ def exported(run, data):
     return params, stats
 
 
+@pytest.mark.slow
 def test_probes_are_scikit_learns_on_the_exported_encoders_features(run, data, exported):
     lines = read_monitor(run[0])
     assert [line["step"] for line in lines] == [0, 2, 4]
@@ -128,6 +129,7 @@ def test_probes_are_scikit_learns_on_the_exported_encoders_features(run, data, e
             assert lines[-1][f"{name}_{measure}"] == pytest.approx(value, abs=1e-9), measure
 
 
+@pytest.mark.slow
 def test_spread_is_numpys_on_fixed_views_of_the_runs_tiles(run, data, exported):
     out, _ = run
     config = from_json(PretrainConfig, (out / "config.json").read_text())
@@ -168,6 +170,7 @@ def test_spread_is_numpys_on_fixed_views_of_the_runs_tiles(run, data, exported):
     assert line["neg_sim"] == pytest.approx(np.mean(others), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_run_says(run):
     out, said = run
     assert "labelled: 36 labelled images (class0 12, class1 12, class2 12)" in said
@@ -183,6 +186,7 @@ def test_what_the_run_says(run):
     assert b"monitor/knn_f1" in events
 
 
+@pytest.mark.slow
 def test_a_steps_time_is_split(run):
     lines = read_metrics(run[0])
     assert all(line["step_s"] > 0 and line["wait_s"] >= 0 for line in lines)
@@ -194,6 +198,7 @@ def test_a_steps_time_is_split(run):
     assert all("memory_bytes" not in line for line in lines)  # a CPU says nothing
 
 
+@pytest.mark.slow
 def test_a_trace_appears_where_it_is_said(run):
     out, said = run
     assert f"{out}/profile: trace of steps 2 to 3" in said

@@ -137,6 +137,7 @@ def test_killed_and_started_again_it_ends_in_the_same_weights(
     assert_trees_equal((params, stats), trained[:2])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_75(undisturbed, trained, images, tmp_path):
     out = tmp_path / "run"
     args = ("pretrain", *FLAGS, "--data.stores", images, "--out", out, "--checkpoint-every", 100)
@@ -153,6 +154,7 @@ def test_sigterm_saves_and_exits_with_75(undisturbed, trained, images, tmp_path)
     assert_trees_equal((params, stats), trained[:2])
 
 
+@pytest.mark.slow
 def test_four_devices_see_the_same_losses_as_one(undisturbed, images, tmp_path):
     code, _, err = pretrain(tmp_path / "run", images, devices=4)
     assert code == 0, err
@@ -226,6 +228,7 @@ def test_a_run_inside_its_own_images_is_refused(images):
     assert not (images / "run").exists()
 
 
+@pytest.mark.slow
 def test_extend_goes_on_and_never_back(images, tmp_path):
     out = tmp_path / "run"
     assert pretrain(out, images, "--steps", 3)[0] == 0
