@@ -105,8 +105,8 @@ def write_part(store: Path, slide: str, tiles: Iterable[Tile]) -> dict[str, Any]
         for tile in tiles:
             if writer is None:
                 with writing(store):
-                    # One record a group: a tile is read without its neighbours.
-                    writer = ArrayRecordWriter(str(temporary), "group_size:1")
+                    # One record a group: a tile is read without its neighbours. JPEG is packed.
+                    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
             record = serialised(vars(tile))
             total.add(record)
             with writing(store):
