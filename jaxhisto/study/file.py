@@ -19,6 +19,7 @@ from jaxhisto.settings import check, known
 from jaxhisto.study.paper_tables import TABLES
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.splits import PERCENTS
+from jaxhisto.training_config import FinetuneConfig, SegmentConfig
 
 Table = Mapping[str, Any]
 T = TypeVar("T")
@@ -27,7 +28,7 @@ SETTINGS = ("last_layer", "linear", "knn", "finetune", "segment")
 FROZEN = SETTINGS[:3]
 PROBE_FIELDS = ("scarce", "epochs", "batch", "rate", "weight_decay", "standardise", "select", "k",
                 "tau", "embed_batch")  # fmt: skip
-OTHERS = {"finetune": "FinetuneConfig", "segment": "SegmentConfig"}
+OTHERS = {"finetune": FinetuneConfig, "segment": SegmentConfig}
 OWN = ("encoder", "out", "task", "percent", "scarce", "repeat", "seed", "draws", "mean", "std")
 OWN_OF_TRAINING = ("seed", "devices", "threads")
 """Settings of these two that a cell, `[probe]` or the command line says."""
@@ -75,8 +76,7 @@ class Study:
       encoders, tasks: by name, in the order of the file.
       columns: the column of the paper's tables for each task that is one of its sets.
       probe: settings of `last_layer`, `linear` and `knn`.
-      others: the `FinetuneConfig` and `SegmentConfig` of which each cell fills in its own; None
-        where this version has no such setting.
+      others: the `FinetuneConfig` and `SegmentConfig` of which each cell fills in its own.
     """
 
     title: str
@@ -282,14 +282,8 @@ def _probe(table: Table, where: str) -> ProbeConfig:
 
 
 def _other(name: str, table: Table, where: str) -> Any:
-    """The settings of what a verb of its own trains; None where there is no such verb."""
-    from jaxhisto import downstream_config
-
-    cls = getattr(downstream_config, OTHERS[name], None)
-    if cls is None:
-        if table:
-            raise ConfigError(f"{where}: this version has no `{name}`; leave [{name}] out.")
-        return None
+    """The settings of what a verb of its own trains."""
+    cls = OTHERS[name]
     for key in table:
         known(
             key, [f.name for f in dataclasses.fields(cls) if f.name not in OWN], where, f"{name}."

@@ -33,7 +33,7 @@ from jaxhisto.study.file import Study, find_study, read_study
 from jaxhisto.study.plan import FeatureCache, open_entries, open_tasks
 from jaxhisto.study.report import figure_name, label_curves, markdown, page, shown
 from jaxhisto.study.results import collect, parts_of
-from jaxhisto.study.settings import SETTINGS, refuse_absent
+from jaxhisto.study.settings import SETTINGS
 from jaxhisto.study.tables import tables_of
 
 FAILURES, LOCK = "failures.json", ".lock"
@@ -61,7 +61,6 @@ def run_study(config: StudyConfig) -> Studied:
     """
     path, out = find_study(config.file), Path(config.out)
     study = read_study(path)
-    refuse_absent(study.settings)
     _refuse_no_plots()
     with _locked(out):
         entries = open_entries(study, config.root)

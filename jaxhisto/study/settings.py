@@ -5,25 +5,18 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import importlib
-import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.downstream import segment as segmenting
+from jaxhisto.downstream.finetune import run_finetune
 from jaxhisto.downstream.probe import settings_of
 from jaxhisto.downstream.probing import Divided, probe
-from jaxhisto.errors import ConfigError
 from jaxhisto.study.cells import Cell, Outcome
-
-MODULES = {
-    "finetune": "jaxhisto.downstream.finetune",
-    "segment": "jaxhisto.downstream.segment",
-}
-"""Of the settings that a verb of its own trains; looked for when a study names them."""
 
 
 def frozen(cell: Cell) -> Outcome:
@@ -49,23 +42,21 @@ def frozen(cell: Cell) -> Outcome:
 
 def finetune(cell: Cell) -> Outcome:
     """All layers trained, as `jaxhisto finetune` does it."""
-    module = importlib.import_module(MODULES["finetune"])
     with contextlib.redirect_stdout(io.StringIO()):  # a table a cell
-        record = module.run_finetune(supervised(cell))
+        record = run_finetune(supervised(cell))
     return _outcome(record, _predictions(cell))
 
 
 def segment(cell: Cell) -> Outcome:
     """A UNet on the encoder, as `jaxhisto segment` trains and scores it; no weights are kept."""
-    module = importlib.import_module(MODULES["segment"])
     config = supervised(cell)
     with contextlib.redirect_stdout(io.StringIO()):
-        windows = module.windows_of(config.crop_px, config.overlap_px, config.margin_px)
-        ready = module.prepare(config)
-        out = module.open_run(config.out, config, ready.facts())
-        fitted, *trees = module.train(config, ready, out)
-        matrices = module.judge(config, ready, windows, out, *trees)
-        record = module.result_of(config, ready, fitted, matrices)
+        windows = segmenting.windows_of(config.crop_px, config.overlap_px, config.margin_px)
+        ready = segmenting.prepare(config)
+        out = segmenting.open_run(config.out, config, ready.facts())
+        fitted, *trees = segmenting.train(config, ready, out)
+        matrices = segmenting.judge(config, ready, windows, out, *trees)
+        record = segmenting.result_of(config, ready, fitted, matrices)
     return _outcome(record, np.asarray(matrices))
 
 
@@ -89,16 +80,6 @@ def supervised(cell: Cell) -> Any:
     }
     fields = {f.name for f in dataclasses.fields(config)}
     return dataclasses.replace(config, **{k: v for k, v in own.items() if k in fields})
-
-
-def refuse_absent(settings: Sequence[str]) -> None:
-    """Raises ConfigError for a setting that this version does not have."""
-    there = [s for s in SETTINGS if s not in MODULES or importlib.util.find_spec(MODULES[s])]
-    for setting in settings:
-        if setting not in there:
-            raise ConfigError(
-                f"settings: this version of jaxhisto has no `{setting}`; it has {', '.join(there)}."
-            )
 
 
 def _predictions(cell: Cell) -> NDArray[np.float64]:

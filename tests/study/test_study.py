@@ -396,7 +396,6 @@ def test_a_task_with_masks_is_scored_by_pixels(tmp_path, monkeypatch):
         return study_cells.Outcome({"epoch": 1.0}, {}, {"macro_f1": 0.5}, confusion)
 
     monkeypatch.setitem(study_settings.SETTINGS, "segment", made)
-    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
     monkeypatch.setattr(study_cells, "FROZEN", (*study_cells.FROZEN, "segment"))
     assert run(tmp_path / "s.toml", "--root", tmp_path, "--out", tmp_path / "out") == 0
     (row,) = rows(tmp_path / "out" / "tables" / "numbers-fine-tuned-paper.csv")

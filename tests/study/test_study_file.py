@@ -48,21 +48,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("edit", "sentence"), REFUSED, ids=[s[:30] for _, s in REFUSED])
-def test_refused_before_the_first_cell(place, tmp_path, capsys, monkeypatch, edit, sentence):
-    monkeypatch.setattr(study, "refuse_absent", lambda settings: None)
+def test_refused_before_the_first_cell(place, tmp_path, capsys, edit, sentence):
     file = changed(place, tmp_path / "bad.toml", edit)
     assert run(file, "--root", place, "--out", tmp_path / "out") in (1, 2)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxhisto")]
     assert len(said) == 1
     assert sentence in said[0]
     assert not (tmp_path / "out" / "cells").exists()
-
-
-def test_a_setting_that_this_version_does_not_have(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(study_settings.MODULES, "finetune", "jaxhisto.downstream.nowhere")
-    file = changed(place, tmp_path / "f.toml", ('"last_layer"]', '"finetune"]'))
-    assert run(file, "--root", place, "--out", tmp_path / "out") == 2
-    assert "has no `finetune`; it has last_layer, linear, knn" in capsys.readouterr().err
 
 
 def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
