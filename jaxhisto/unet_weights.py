@@ -119,16 +119,7 @@ def describe(
     Raises:
       ExportError: names that are not one for each class, or a side that no UNet takes.
     """
-    if class_names is not None and len(class_names) != classes:
-        raise ExportError(
-            f"class names {list(class_names)}: are {len(class_names)} for {classes} classes; give "
-            "one for each class."
-        )
-    if tile_px < 1 or tile_px % unet.STRIDE:
-        raise ExportError(
-            f"tile side {tile_px} px: is no multiple of {unet.STRIDE}, as a UNet needs it; give "
-            "the side of its training tiles."
-        )
+    _refuse_unfit(classes, class_names, tile_px)
     metadata = {
         "format": FORMAT,
         "architecture": "unet",
@@ -150,6 +141,19 @@ def describe(
         "encoder_sha256": json.dumps(encoder_sha256),
     }
     return metadata | ({"source": json.dumps(dict(source))} if source else {})
+
+
+def _refuse_unfit(classes: int, class_names: Sequence[str] | None, tile_px: int) -> None:
+    if class_names is not None and len(class_names) != classes:
+        raise ExportError(
+            f"class names {list(class_names)}: are {len(class_names)} for {classes} classes; give "
+            "one for each class."
+        )
+    if tile_px < 1 or tile_px % unet.STRIDE:
+        raise ExportError(
+            f"tile side {tile_px} px: is no multiple of {unet.STRIDE}, as a UNet needs it; give "
+            "the side of its training tiles."
+        )
 
 
 def write_unet(

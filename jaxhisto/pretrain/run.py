@@ -104,15 +104,11 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
             for step, batch, wait_s in clock.timed(feed):
                 if step == 0:
                     with stop.compiling():
-                        draw_views(config, out, batch)
-                        before = monitor.measure(0, state) if monitor.due(0) else {}
-                    log.board(0, before, "monitor/")
+                        look_before(config, out, batch, state, monitor, log)
                 with stop.first_step(step == start):
                     state, metrics = train_step(state, batch.tiles, batch.sizes)
-                if step == start and is_main():
-                    xla_flags.keep_autotune(out)
-                if step == 0:
-                    say(report_trust_ratios(config.optim, out, state.params, metrics))
+                if step == start:
+                    look_after(config, out, step, state, metrics)
                 pending.record(step + 1, metrics, wait_s)
                 last, stopping = step + 1 == steps, asked_to_stop(stop, step)
                 if monitor.due(step + 1) and (last or not stopping):
@@ -125,13 +121,35 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
                         saving.start(step + 1, state)
                 if stopping and not last:
                     main_first(partial(finish, saving, log))
-                    raise Stopped(
-                        f"{out}: stopped at step {step + 1} of {steps}, checkpoint written; start "
-                        "the same line again."
-                    )
+                    raise stopped(out, step + 1, steps)
             main_first(partial(finish, saving, log))
     draw_loss(config, out)
     return out
+
+
+def look_before(
+    config: PretrainConfig, out: Path, batch: Any, state: Any, monitor: Monitor, log: Any
+) -> None:
+    """What is there before the first update: the views of the first tiles, and the probes."""
+    draw_views(config, out, batch)
+    log.board(0, monitor.measure(0, state) if monitor.due(0) else {}, "monitor/")
+
+
+def look_after(
+    config: PretrainConfig, out: Path, step: int, state: Any, metrics: dict[str, Any]
+) -> None:
+    """What the first update of this start leaves: kernels as they were tuned, trust ratios."""
+    if is_main():
+        xla_flags.keep_autotune(out)
+    if step == 0:
+        say(report_trust_ratios(config.optim, out, state.params, metrics))
+
+
+def stopped(out: Path, step: int, steps: int) -> Stopped:
+    """What ends a run that was asked to stop."""
+    return Stopped(
+        f"{out}: stopped at step {step} of {steps}, checkpoint written; start the same line again."
+    )
 
 
 def finish(saving: Saving, log: Any) -> None:
