@@ -12,7 +12,15 @@ def say(text: str) -> None:
     """One line on stdout, once for all processes."""
     member = inherited(os.environ)
     if member is None or member.process == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| head` has seen enough; days of work are not given up for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def counted(n: int, thing: str) -> str:
+    """`1 slide`, `1,200 slides`."""
+    return f"{n:,} {thing}" + "s" * (n != 1)
 
 
 def say_next(command: str) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig
+from jaxhisto.console import counted
 from jaxhisto.data import file_kinds
 from jaxhisto.data.features import Place
 from jaxhisto.data.folder_source import FolderSource
@@ -293,7 +294,8 @@ class StoreSource:
         manifest = self._store.manifest
         datasets = {dataset_of(manifest, s) for s in manifest["slides"] if s["id"] in self.slides}
         return (
-            f"{self.path}: store, {len(self):,} tiles of {len(self.slides)} slides"
+            f"{self.path}: store, {counted(len(self), 'tile')} of "
+            f"{counted(len(self.slides), 'slide')}"
             + (f" of {len(datasets)} datasets" if len(datasets) > 1 else "")
             + f", {self.canvas[0]} px"
             + (f", {mpp[0]:g} to {mpp[1]:g} um/px" if mpp else "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxhisto.config import TileConfig
-from jaxhisto.console import warn
+from jaxhisto.console import counted, warn
 from jaxhisto.data import compaction
 from jaxhisto.data.held import part_file
 from jaxhisto.data.store import UNFINISHED
@@ -59,7 +59,7 @@ def check_disk(jobs: Sequence[Job], config: TileConfig, there: int, processes: i
     if _total(need, todo, rewritten) > free:
         need = _sampled(todo, config, processes) or need
     total = _total(need, todo, rewritten)
-    what = f"{need.how} {_size(total)} for {len(todo):,} slides{need.detail}"
+    what = f"{need.how} {_size(total)} for {counted(len(todo), 'slide')}{need.detail}"
     warn(f"disk: {what}; {_size(free)} are free at {config.out}")
     if need.how == "about" and total > free and config.check_disk:
         raise StoreError(

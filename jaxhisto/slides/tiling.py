@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxhisto import __version__
 from jaxhisto.config import TileConfig
-from jaxhisto.console import warn
+from jaxhisto.console import counted, warn
 from jaxhisto.data.store import dataset_of
 from jaxhisto.data.store_writer import StoreWriter
 from jaxhisto.errors import ConfigError, JaxhistoError, SlideError, StoreError
@@ -73,7 +73,8 @@ class TileResult:
         failed = f", {len(self.failures)} failed" if self.failures else ""
         return [
             *lines,
-            f"{self.store}: {self.manifest['tiles']} tiles of {len(slides)} slides{reused}{failed}"
+            f"{self.store}: {counted(self.manifest['tiles'], 'tile')} of "
+            f"{counted(len(slides), 'slide')}{reused}{failed}"
             f"; look at {self.store / 'report.html'}",
         ]
 
@@ -82,7 +83,7 @@ class TileResult:
         for slide in self.manifest["slides"]:
             counts.setdefault(dataset_of(self.manifest, slide), []).append(slide["tiles"])
         return [
-            f"{name}: {sum(tiles):,} tiles of {len(tiles):,} slides"
+            f"{name}: {counted(sum(tiles), 'tile')} of {counted(len(tiles), 'slide')}"
             for name, tiles in sorted(counts.items())
         ]
 
