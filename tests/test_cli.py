@@ -10,26 +10,11 @@ import tifffile
 from PIL import Image
 
 from jaxhisto import __version__
-from jaxhisto.cli import VERBS, main
+from jaxhisto.cli import VERBS
 from jaxhisto.slides.pyramid import write_pyramid
 
 PURPLE = (150, 80, 160)
 GLASS = (245, 245, 245)
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a verb in this process: (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(a) for a in args])
-        except SystemExit as stopped:
-            code = stopped.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def sentence(result: tuple[int, str, str], verb: str, code: int = 1) -> str:

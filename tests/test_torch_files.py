@@ -15,10 +15,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from refusals import refusal
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxhisto import cli, tensor_file, torch_files, weights
+from jaxhisto import tensor_file, torch_files, weights
 from jaxhisto.config import ModelConfig, PretrainConfig
 from jaxhisto.models import simclr
 from jaxhisto.models.resnet import BOTTLENECK
@@ -35,26 +36,6 @@ LAYOUTS = {
     "smp": "out.pth",
     "onnx": "out.onnx",
 }
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-def refusal(result: tuple[int, str, str], code: int = 1) -> str:
-    """The one sentence."""
-    assert result[0] == code, result
-    lines = [line for line in result[2].splitlines() if line.startswith("jaxhisto ")]
-    assert len(lines) == 1, result[2]
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -42,14 +42,6 @@ CONFIG = FinetuneConfig(
 )
 
 
-def refusal(result: tuple[int, str, str], code: int = 1) -> str:
-    """The one sentence."""
-    assert result[0] == code, result
-    lines = [line for line in result[2].splitlines() if line.startswith("jaxhisto ")]
-    assert len(lines) == 1, result[2]
-    return lines[0]
-
-
 def labelled(folder: Path, count: int = 32) -> Path:
     """Images of two colours that overlap in none, and labels.csv: label, shuffled, patient, tint.
 

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from made_sets import MEAN, SIDE, STD, tissue, write_encoder, write_images, write_store
 from PIL import Image
+from refusals import refusal
 
 from jaxhisto import __version__, cli, tensor_file
 from jaxhisto.data import features as features_module
@@ -27,26 +28,6 @@ from jaxhisto.data.store import TileStore
 from jaxhisto.errors import StoreError
 
 DATASETS = ("features", "names", "coords", "slides", "spans")
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-def refusal(result: tuple[int, str, str], code: int = 1) -> str:
-    """The one sentence."""
-    assert result[0] == code, result
-    lines = [line for line in result[2].splitlines() if line.startswith("jaxhisto ")]
-    assert len(lines) == 1, result[2]
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

@@ -19,28 +19,16 @@ from finetuning import (
     labelled,
     line,
     metrics_of,
-    refusal,
     rows_of,
     stock,
 )
 from made_sets import SIDE, read_json, write_encoder, write_images
+from refusals import refusal
 
 from jaxhisto import cli, tensor_file
 from jaxhisto.downstream import classifier
 from jaxhisto.downstream.finetune import run_finetune
 from jaxhisto.tasks.task import open_task
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

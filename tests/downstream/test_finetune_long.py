@@ -30,23 +30,11 @@ from finetuning import (
 )
 from made_sets import read_json, tissue, write_encoder, write_images
 
-from jaxhisto import cli, tensor_file
+from jaxhisto import tensor_file
 from jaxhisto.downstream import classifier
 from jaxhisto.downstream.finetune import run_finetune
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

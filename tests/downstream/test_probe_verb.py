@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from made_sets import read_json, tissue, write_encoder, write_images
+from refusals import refusal
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 from sklearn.preprocessing import StandardScaler
@@ -18,26 +19,6 @@ from jaxhisto import cli
 from jaxhisto.data.features import read_features
 
 FEW = ("--draws", 20, "--epochs", 5)
-
-
-@pytest.fixture
-def jaxhisto(capsys):
-    """Runs a line; gives (exit code, stdout, stderr)."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        code = cli.main([str(a) for a in args])
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-def refusal(result: tuple[int, str, str], code: int = 1) -> str:
-    """The one sentence."""
-    assert result[0] == code, result
-    lines = [line for line in result[2].splitlines() if line.startswith("jaxhisto ")]
-    assert len(lines) == 1, result[2]
-    return lines[0]
 
 
 @pytest.fixture(scope="module")

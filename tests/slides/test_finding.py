@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from made_slides import PINK, painted, write_slide
+from made_slides import PINK, half_tissue, painted, write_slide
 
 from jaxhisto.cli import main
 from jaxhisto.config import DataConfig, TileConfig
@@ -94,6 +94,17 @@ def test_two_names_of_one_file_are_one_slide_and_told(tmp_path):
         "a/1.svs); each file is cut once"
     ]
     assert linked_twice(jobs[1:]) == []
+
+
+def test_two_slides_with_one_name_are_refused(tmp_path):
+    for folder in ("x", "y"):
+        write_slide(tmp_path / folder / "a.tif", half_tissue(300, 300))
+    both = (str(tmp_path / "x"), str(tmp_path / "y"))
+
+    with pytest.raises(SlideError, match=r"both would be called a\.tif"):
+        find_slides(TileConfig(slides=both, out="s"))
+    once = (str(tmp_path / "x"), str(tmp_path / "x" / "a.tif"))
+    assert [job.id for job in find_slides(TileConfig(slides=once, out="s"))] == ["a.tif"]
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):

@@ -294,17 +294,6 @@ def test_nothing_to_cut_is_said(tmp_path, name, message):
     assert not (tmp_path / "s").exists()
 
 
-def test_two_slides_with_one_name_are_refused(tmp_path):
-    for folder in ("x", "y"):
-        write_slide(tmp_path / folder / "a.tif", half_tissue(300, 300))
-    both = (str(tmp_path / "x"), str(tmp_path / "y"))
-
-    with pytest.raises(SlideError, match=r"both would be called a\.tif"):
-        find_slides(TileConfig(slides=both, out="s"))
-    once = (str(tmp_path / "x"), str(tmp_path / "x" / "a.tif"))
-    assert [job.id for job in find_slides(TileConfig(slides=once, out="s"))] == ["a.tif"]
-
-
 def test_the_files_of_a_dicom_series_are_one_slide(shared_data, tmp_path):
     """A copy of a file is a second file of its series, as OpenSlide sees it."""
     data = (shared_data / "wsi" / "camelyon16_lowres_tiledfull.dcm").read_bytes()
