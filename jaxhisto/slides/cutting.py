@@ -180,7 +180,7 @@ def _passed_through(slide: Slide, config: TileConfig, scale: Scale, draw: Draw) 
         return []
     if draw.copied:
         return [f"passthrough: {draw.copied} of {len(draw.kept)} tiles are the slide's own JPEGs"]
-    why = slide.jpeg.refusal(scale.level, config.tile_px)
+    why = slide.own.refusal(scale.level, config.tile_px)
     if scale.level_side != config.tile_px:
         why = "they are resized from another um/px"
     return [f"passthrough: all tiles are encoded anew, since {why or 'none lies on the grid'}"]

@@ -1,10 +1,10 @@
 """Open a slide and read tiles of it at a stated pixel size.
 
 OpenSlide reads it; OME-TIFF, and a TIFF that OpenSlide refuses, are left to `tiff_reader`, whose
-handle answers as OpenSlide's does; JPEG tiles are decoded by `jpeg_tiles` where that gives the
-same pixels sooner. Pixels are RGB, uint8, as the file holds them. OpenSlide returns RGBA: it
-leaves what a file does not hold transparent (regions a scanner skipped, and all beyond the edge).
-A tile with any such pixel is refused as `transparent`, one that cannot be decoded as
+handle answers as OpenSlide's does; JPEG and JPEG 2000 tiles are decoded by `own_tiles` where that
+gives the same pixels sooner. Pixels are RGB, uint8, as the file holds them. OpenSlide returns
+RGBA: it leaves what a file does not hold transparent (regions a scanner skipped, and all beyond
+the edge). A tile with any such pixel is refused as `transparent`, one that cannot be decoded as
 `unreadable`; neither is ever painted.
 """
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.jpeg_tiles import JpegTiles
+from jaxhisto.slides.own_tiles import OwnTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
 from jaxhisto.slides.tiff_reader import (
     TIFF_STARTS,
@@ -120,7 +120,7 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
-        self._jpeg: JpegTiles | None = None
+        self._own: OwnTiles | None = None
 
     def __enter__(self) -> Slide:
         return self
@@ -132,21 +132,21 @@ class Slide:
         at: TracebackType | None,
     ) -> None:
         self._handle.close()
-        if self._jpeg:
-            self._jpeg.close()
+        if self._own:
+            self._own.close()
 
     @property
-    def jpeg(self) -> JpegTiles:
-        """What can be read by the slide's own JPEG tiles."""
-        if self._jpeg is None:  # not before: a slide that is cut already is opened all the same
-            self._jpeg = JpegTiles(
+    def own(self) -> OwnTiles:
+        """What can be read by the slide's own tiles."""
+        if self._own is None:  # not before: a slide that is cut already is opened all the same
+            self._own = OwnTiles(
                 self.path,
                 self._handle.properties,
                 self._level_sizes,
                 self.downsamples,
                 self._by_handle,
             )
-        return self._jpeg
+        return self._own
 
     def scale(self, tile_px: int, mpp: float | None) -> Scale:
         """Chooses the level for tiles of `tile_px` pixels at `mpp`; None: level 0 as it is.
@@ -197,9 +197,9 @@ class Slide:
 
     def copied(self, x: int, y: int, tile_px: int, scale: Scale) -> bytes | None:
         """The tile that `read` gives, as the JPEG that lies in the slide; None if none does."""
-        if scale.level_side != tile_px or self.jpeg.refusal(scale.level, tile_px):
+        if scale.level_side != tile_px or self.own.refusal(scale.level, tile_px):
             return None
-        return self.jpeg.copied(scale.level, *self._start(x, y, scale.level)[2:], tile_px)
+        return self.own.copied(scale.level, *self._start(x, y, scale.level)[2:], tile_px)
 
     def overview(self, downsample: float) -> Overview:
         """The slide at about `downsample` level-0 pixels a pixel.
@@ -227,7 +227,6 @@ class Slide:
             )
         rgb = np.full((*shape, 3), 255, np.uint8)
         there, known = np.zeros(shape, bool), np.ones(shape, bool)
-        ratio = self.downsamples[level]
         blocks = list(_blocks((0, 0, width, height), max(1, BLOCK // factor) * factor))
         splits = MOST_SPLITS
         while blocks:
@@ -235,7 +234,7 @@ class Slide:
             rows = slice(y // factor, math.ceil((y + h) / factor))
             columns = slice(x // factor, math.ceil((x + w) / factor))
             try:
-                block = self._region(level, round(x * ratio), round(y * ratio), w, h)
+                block = self._area(level, x, y, w, h)
             except RegionError:
                 half = max(w, h) // 2 // factor * factor
                 if half >= max(factor, SMALLEST) and splits:
@@ -257,8 +256,10 @@ class Slide:
         Raises:
           RegionError: it cannot be decoded.
         """
-        ratio = self.downsamples[level]
-        return self._region(level, round(left * ratio), round(top * ratio), width, height)
+        pixels = self._area(level, left, top, width, height)
+        if pixels.shape[2] == 4:
+            return pixels
+        return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA), np.uint8)
 
     def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
         """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
@@ -277,9 +278,17 @@ class Slide:
             )
         return np.asarray(cv2.cvtColor(region, cv2.COLOR_RGBA2RGB), np.uint8)
 
+    def _area(self, level: int, left: int, top: int, width: int, height: int) -> Pixels:
+        """As `area`, or (height, width, 3) RGB where all of it is in the file."""
+        decoded = self.own.area(level, left, top, width, height)
+        if decoded is not None:
+            return decoded
+        ratio = self.downsamples[level]
+        return self._by_handle(level, round(left * ratio), round(top * ratio), width, height)
+
     def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """(height, width, 3) RGB or 4, RGBA; x, y in level-0 pixels, the size in the level's."""
-        decoded = self.jpeg.region(level, x, y, width, height)
+        decoded = self.own.region(level, x, y, width, height)
         return self._by_handle(level, x, y, width, height) if decoded is None else decoded
 
     def _by_handle(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:

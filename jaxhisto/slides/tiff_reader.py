@@ -316,7 +316,7 @@ def _level(path: Path, page: Any) -> _Level:
         except KeyError as error:
             raise SlideError(
                 f"{path}: is packed with {kind}, which needs imagecodecs; install it with "
-                "`pip install 'jaxhisto[tiff]'`"
+                "`pip install imagecodecs`"
             ) from error
     pieces = level.pieces[0] * level.pieces[1] * planes
     if min(len(page.dataoffsets), len(page.databytecounts)) < (1 if raw else pieces):

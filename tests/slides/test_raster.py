@@ -29,6 +29,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     return path, image
 
 
+def test_slides_of_jpeg_tiles_are_read_too(shared_data: Path) -> None:
+    """They come without alpha from the decoder of the slide's own tiles."""
+    path = shared_data / "wsi" / "CMU-1-Small-Region.svs"
+    with Slide(path) as slide:
+        scale = slide.scale(200, None)
+        raster = SlideRaster(slide, slide.mpp)
+        np.testing.assert_array_equal(
+            rows(raster, 500)[300:500, 700:900], slide.read(700, 300, 200, scale)
+        )
+        reduced = SlideRaster(slide, 2.0)
+        pixels = rows(reduced, 100)
+        assert reduced.unreadable == 0
+    assert pixels.shape == (reduced.height, reduced.width, 3)
+
+
 def rows(raster: SlideRaster, step: int) -> np.ndarray:
     return np.concatenate(
         [raster.rows(y, min(y + step, raster.height)) for y in range(0, raster.height, step)]

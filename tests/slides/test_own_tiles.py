@@ -1,4 +1,4 @@
-"""A slide's own JPEG tiles: OpenSlide's pixels, or none."""
+"""A slide's own tiles, JPEG here: OpenSlide's pixels, or none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxhisto.config import TileConfig
 from jaxhisto.data.store import UNFINISHED, TileStore
 from jaxhisto.data.store_writer import StoreWriter, Tile, slide_key
 from jaxhisto.errors import StoreError
-from jaxhisto.slides import cutting, jpeg_tiles
+from jaxhisto.slides import cutting, own_tiles, tile_codecs
 from jaxhisto.slides.cutting import Job, cut_slide
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import RegionError, Slide
@@ -76,7 +76,7 @@ def test_made_slides_are_read_as_openslide_reads_them(tmp_path, colours):
             (0, 0, 0, 224, 224), (0, 300, 200, 512, 512), (0, 256, 256, 256, 256),
             (0, 1000, 700, 112, 76), (1, 0, 0, 556, 388), (1, 200, 100, 64, 64),
         ]:  # fmt: skip
-            got = slide.jpeg.region(level, x, y, width, height)
+            got = slide.own.region(level, x, y, width, height)
             assert got is not None
             np.testing.assert_array_equal(got, theirs(path, x, y, level, width, height))
 
@@ -89,7 +89,7 @@ def test_real_slides_are_read_as_openslide_reads_them(shared_data, name):
         for _ in range(8):
             x = int(rng.integers(0, slide.width - 300))
             y = int(rng.integers(0, slide.height - 300))
-            got = slide.jpeg.region(0, x, y, 300, 300)
+            got = slide.own.region(0, x, y, 300, 300)
             assert got is not None
             np.testing.assert_array_equal(got, theirs(path, x, y, 0, 300, 300))
 
@@ -97,11 +97,11 @@ def test_real_slides_are_read_as_openslide_reads_them(shared_data, name):
 def test_beyond_the_edge_and_between_pixels_openslide_reads(tmp_path):
     path = write_jpeg_slide(tmp_path / "a.tif", detailed(600, 500), levels=2)
     with Slide(path) as slide:
-        assert slide.jpeg.region(0, 500, 0, 100, 100) is not None
-        assert slide.jpeg.region(0, 501, 0, 100, 100) is None
-        assert slide.jpeg.region(0, 0, 401, 100, 100) is None
-        assert slide.jpeg.region(1, 2, 0, 100, 100) is not None
-        assert slide.jpeg.region(1, 1, 0, 100, 100) is None
+        assert slide.own.region(0, 500, 0, 100, 100) is not None
+        assert slide.own.region(0, 501, 0, 100, 100) is None
+        assert slide.own.region(0, 0, 401, 100, 100) is None
+        assert slide.own.region(1, 2, 0, 100, 100) is not None
+        assert slide.own.region(1, 1, 0, 100, 100) is None
         with pytest.raises(RegionError, match="holds no pixels"):
             slide.read(501, 0, 100, slide.scale(100, None))
 
@@ -131,8 +131,8 @@ def test_of_damaged_tiles_openslide_decides(tmp_path, damage):
             else:
                 np.testing.assert_array_equal(slide.read(x, y, 256, scale), expected)
         if damage != "flip":  # of a changed byte the decoder need not see anything
-            assert slide.jpeg.region(0, 256, 256, 256, 256) is None
-        assert slide.jpeg.region(0, 0, 0, 256, 256) is not None
+            assert slide.own.region(0, 256, 256, 256, 256) is None
+        assert slide.own.region(0, 0, 0, 256, 256) is not None
 
 
 def test_a_slide_with_missing_tiles_is_left_to_openslide(tmp_path):
@@ -142,30 +142,28 @@ def test_a_slide_with_missing_tiles_is_left_to_openslide(tmp_path):
         counts[4] = 0
         tiff.pages[0].tags["TileByteCounts"].overwrite(counts)
     with Slide(path) as slide:
-        assert slide.jpeg.region(0, 0, 0, 256, 256) is None
+        assert slide.own.region(0, 0, 0, 256, 256) is None
 
 
-def test_other_kinds_are_left_to_openslide(tmp_path, shared_data):
-    lossless = tmp_path / "a.tif"
+def test_other_kinds_are_left_to_openslide(tmp_path):
+    path = tmp_path / "a.tif"
     tifffile.imwrite(
-        lossless, detailed(512, 512), tile=(256, 256), photometric="rgb", compression="zlib",
+        path, detailed(512, 512), tile=(256, 256), photometric="rgb", compression="zlib",
         resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None,
     )  # fmt: skip
-    jpeg2000 = shared_data / "wsi" / "TCGA-CR-7395-01A-01-TS1.svs"
-    for path in (lossless, jpeg2000):
-        with Slide(path, GivenPixelSize(0.25, "flag")) as slide:
-            assert slide.jpeg.region(0, 0, 0, 64, 64) is None
+    with Slide(path, GivenPixelSize(0.25, "flag")) as slide:
+        assert slide.own.region(0, 0, 0, 64, 64) is None
 
 
 def test_a_decoder_of_other_pixels_is_found_out(tmp_path, monkeypatch):
     path = write_jpeg_slide(tmp_path / "a.tif", detailed(768, 512))
-    decode = jpeg_tiles.simplejpeg.decode_jpeg
+    decode = tile_codecs.simplejpeg.decode_jpeg
     monkeypatch.setattr(
-        jpeg_tiles.simplejpeg, "decode_jpeg", lambda *a, **k: decode(*a, **k, fastupsample=True)
+        tile_codecs.simplejpeg, "decode_jpeg", lambda *a, **k: decode(*a, **k, fastupsample=True)
     )
     with Slide(path) as slide:
         got = slide.read(100, 100, 224, slide.scale(224, None))
-        assert slide.jpeg.region(0, 100, 100, 224, 224) is None
+        assert slide.own.region(0, 100, 100, 224, 224) is None
     np.testing.assert_array_equal(got, theirs(path, 100, 100, 0, 224, 224))
 
 
@@ -173,13 +171,14 @@ def test_glass_proves_nothing(tmp_path, monkeypatch):
     image = painted(768, 256, GLASS)
     image[:, 512:] = detailed(256, 256)
     path = write_jpeg_slide(tmp_path / "a.tif", image)
-    decode = jpeg_tiles.simplejpeg.decode_jpeg
+    codec = tile_codecs.simplejpeg
+    decode = codec.decode_jpeg
     with Slide(path) as slide:
-        assert slide.jpeg.region(0, 0, 0, 256, 256) is not None
+        assert slide.own.region(0, 0, 0, 256, 256) is not None
         monkeypatch.setattr(
-            jpeg_tiles.simplejpeg, "decode_jpeg", lambda *a, **k: decode(*a, **k, fastupsample=True)
+            codec, "decode_jpeg", lambda *a, **k: decode(*a, **k, fastupsample=True)
         )
-        assert slide.jpeg.region(0, 512, 0, 256, 256) is None
+        assert slide.own.region(0, 512, 0, 256, 256) is None
 
 
 def test_a_colour_tag_that_is_wrong_changes_nothing(tmp_path):
@@ -193,11 +192,11 @@ def test_a_colour_tag_that_is_wrong_changes_nothing(tmp_path):
 
 
 def test_the_cache_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(jpeg_tiles, "CACHE", 3 * 256 * 256 * 3)
+    monkeypatch.setattr(own_tiles, "CACHE", 3 * 256 * 256 * 3)
     path = write_jpeg_slide(tmp_path / "a.tif", detailed(1024, 768))
     with Slide(path) as slide:
-        got = slide.jpeg.region(0, 0, 0, 1024, 768)
-        assert len(slide.jpeg._cache) == 3
+        got = slide.own.region(0, 0, 0, 1024, 768)
+        assert len(slide.own._cache) == 3
     np.testing.assert_array_equal(got, theirs(path, 0, 0, 0, 1024, 768))
 
 
@@ -221,7 +220,7 @@ def test_a_store_is_the_same_without_it(tmp_path, monkeypatch, changes):
     path = write_jpeg_slide(tmp_path / "a.tif", detailed(1500, 1100), levels=3)
     changes = {"foreground": "od", **changes}
     with_it = cut(path, tmp_path / "with", **changes)
-    monkeypatch.setattr(jpeg_tiles, "simplejpeg", None)
+    monkeypatch.setattr(tile_codecs, "simplejpeg", None)
     assert cut(path, tmp_path / "without", **changes) == with_it
 
 

@@ -1,13 +1,11 @@
-"""A slide's own JPEG tiles, decoded without OpenSlide: the same pixels in a fraction of the time.
+"""A slide's own tiles, decoded without OpenSlide: the same pixels in a fraction of the time.
 
-Of the time in which OpenSlide reads a 256-px JPEG tile, libjpeg-turbo needs a fifth. So levels of
-Aperio and generic TIFF slides that are plain grids of JPEG tiles are read here; all else, and
-every region with something odd in it, is left to OpenSlide, which has the last word on what can
-be read. That both see the same pixels is not believed but looked at: a level is read here once
-its most detailed tile under the first region has come out of both alike.
-
-simplejpeg decodes, since it alone says so where libjpeg warns: OpenCV and Pillow paint on over
-damaged data, some of which OpenSlide refuses. Without it nothing is read here.
+Of the time in which OpenSlide reads a 256-px JPEG tile, libjpeg-turbo needs a fifth, and of that
+of a JPEG 2000 tile, imagecodecs two thirds. So levels of Aperio and generic TIFF slides that are
+plain grids of such tiles are read here; all else, and every region with something odd in it, is
+left to OpenSlide, which has the last word on what can be read. That both see the same pixels is
+not believed but looked at: a level is read here once its most detailed tile under the first
+region has come out of both alike.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +24,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from jaxhisto.errors import SlideError
-
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
+from jaxhisto.slides.tile_codecs import Codec, Jpeg, Jpeg2000
 
 Pixels = NDArray[np.uint8]
 Reference = Callable[[int, int, int, int, int], Pixels]  # level, x, y, width, height -> RGBA
@@ -42,16 +35,13 @@ CACHE = 64 << 20  # bytes of decoded tiles kept: a row of 256-px ones on a slide
 COLOURS = 40  # range of R - G and of B - G from which a tile can tell them apart
 TRIED = 3  # tiles looked at, the most detailed of a level, before nothing of it is copied
 
-JPEG, RGB, YCBCR = 7, 2, 6  # TIFF compression, photometric interpretations
-SOI, APP0 = b"\xff\xd8", b"\xff\xe0"
-# Who finds neither guesses the colours from the components' numbers.
-JFIF = APP0 + struct.pack(">H5sHBHHBB", 16, b"JFIF", 0x0101, 0, 1, 1, 0, 0)  # says YCbCr
-ADOBE_RGB = b"\xff\xee" + struct.pack(">H5sHHHB", 14, b"Adobe", 100, 0, 0, 0)
+JPEG, APERIO_RGB = 7, 33005  # TIFF compression: JPEG; JPEG 2000 of RGB
+RGB, YCBCR = 2, 6  # photometric interpretations
 
 
 @dataclass(frozen=True)
-class JpegLevel:
-    """One level: its size and its tiles', px; where they lie in the file; what they share."""
+class Level:
+    """One level: its size and its tiles', px; where they lie in the file; how they are coded."""
 
     width: int
     height: int
@@ -59,8 +49,7 @@ class JpegLevel:
     tile_height: int
     offsets: Sequence[int]
     counts: Sequence[int]
-    rgb: bool
-    tables: bytes
+    codec: Codec
 
     @property
     def across(self) -> int:
@@ -68,8 +57,8 @@ class JpegLevel:
         return -(-self.width // self.tile_width)
 
 
-class JpegTiles:
-    """The levels of one slide that can be read by their own JPEG tiles. For one thread.
+class OwnTiles:
+    """The levels of one slide that can be read by their own tiles. For one thread.
 
     Args:
       path: of the slide.
@@ -89,12 +78,12 @@ class JpegTiles:
     ) -> None:
         self._downsamples, self._reference = downsamples, reference
         self._file: tifffile.TiffFile | None = None
-        self._levels: dict[int, JpegLevel] = {}
+        self._levels: dict[int, Level] = {}
         self._proven: set[int] = set()
         self._tried: set[int] = set()
         self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self._cached = 0
-        if simplejpeg is None or properties.get("openslide.vendor") not in VENDORS:
+        if properties.get("openslide.vendor") not in VENDORS:
             return
         logging.getLogger("tifffile").addHandler(logging.NullHandler())
         try:
@@ -120,28 +109,36 @@ class JpegTiles:
           x, y: level-0 pixels.
           width, height: pixels of the level.
         """
-        at = self._levels.get(level)
         left, top = x / self._downsamples[level], y / self._downsamples[level]
-        # Between pixels OpenSlide interpolates; beyond the edge it is transparent.
-        if at is None or not (left.is_integer() and top.is_integer()) or x < 0 or y < 0:
+        if not (left.is_integer() and top.is_integer()):  # there OpenSlide interpolates
             return None
-        if left + width > at.width or top + height > at.height:
+        return self.area(level, int(left), int(top), width, height)
+
+    def area(self, level: int, left: int, top: int, width: int, height: int) -> Pixels | None:
+        """(height, width, 3) RGB as it lies in the level, all in its pixels, or None.
+
+        Where the level's pixels begin between those of level 0, OpenSlide cannot be asked for
+        just these, and gives an interpolation.
+        """
+        at = self._levels.get(level)
+        # Beyond the edge OpenSlide is transparent.
+        if at is None or min(left, top) < 0 or left + width > at.width or top + height > at.height:
             return None
-        columns = range(int(left) // at.tile_width, (int(left) + width - 1) // at.tile_width + 1)
-        rows = range(int(top) // at.tile_height, (int(top) + height - 1) // at.tile_height + 1)
+        columns = range(left // at.tile_width, (left + width - 1) // at.tile_width + 1)
+        rows = range(top // at.tile_height, (top + height - 1) // at.tile_height + 1)
         indices = [row * at.across + column for row in rows for column in columns]
         try:
-            if level not in self._proven and not self._same(level, at, indices):
+            if level not in self._proven and not self._trusted(level, at, indices):
                 del self._levels[level]
                 return None
-            return self._pasted(level, at, indices, (int(left), int(top), width, height))
+            return self._pasted(level, at, indices, (left, top, width, height))
         except (ValueError, OSError, SlideError):
             return None
 
     def refusal(self, level: int, side: int) -> str:
         """Why no square of this side can be copied from the level; empty where some can."""
         at = self._levels.get(level)
-        if at is None:
+        if at is None or not isinstance(at.codec, Jpeg):
             return "it has no JPEG tiles that can be copied"
         if (at.tile_width, at.tile_height) != (side, side):
             return f"its JPEG tiles are {at.tile_width} x {at.tile_height} px"
@@ -174,11 +171,26 @@ class JpegTiles:
         index = int(top) // side * at.across + int(left) // side
         try:
             self._tile(level, at, index)  # what is stored has been decoded without a warning
-            return self._jpeg(at, index)
+            return at.codec.whole(self._bytes(at, index))
         except (ValueError, OSError):
             return None
 
-    def _same(self, level: int, at: JpegLevel, indices: Sequence[int]) -> bool:
+    def _trusted(self, level: int, at: Level, indices: Sequence[int]) -> bool:
+        """Whether OpenSlide reads what is decoded here, as far as these tiles can tell."""
+        if self._downsamples[level].is_integer():
+            return self._same(level, at, indices)
+        # OpenSlide reads the first tile alone of such a level without interpolating. That says
+        # where the level lies; what its decoder makes of colours, a level 0 of the same kind says.
+        finest = self._levels.get(0)
+        if finest is None or finest.codec.kind != at.codec.kind or not self._same(level, at, [0]):
+            return False
+        if 0 not in self._proven:
+            self._same(0, finest, range(len(finest.counts)))
+        if 0 in self._proven:
+            self._proven.add(level)
+        return 0 in self._proven
+
+    def _same(self, level: int, at: Level, indices: Sequence[int]) -> bool:
         """Whether OpenSlide reads the most detailed of these tiles as it is decoded here."""
         index = max(indices, key=at.counts.__getitem__)
         column, row = index % at.across * at.tile_width, index // at.across * at.tile_height
@@ -196,7 +208,7 @@ class JpegTiles:
         return True
 
     def _pasted(
-        self, level: int, at: JpegLevel, indices: Sequence[int], box: tuple[int, int, int, int]
+        self, level: int, at: Level, indices: Sequence[int], box: tuple[int, int, int, int]
     ) -> Pixels:
         left, top, width, height = box
         out = np.empty((height, width, 3), np.uint8)
@@ -208,13 +220,13 @@ class JpegTiles:
             out[y1 - top : y2 - top, x1 - left : x2 - left] = tile[y1 - y : y2 - y, x1 - x : x2 - x]
         return out
 
-    def _tile(self, level: int, at: JpegLevel, index: int) -> Pixels:
+    def _tile(self, level: int, at: Level, index: int) -> Pixels:
         """One decoded tile, (h, w, 3) RGB; ValueError where it is damaged in any way."""
         key = level, index
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        tile: Pixels = simplejpeg.decode_jpeg(self._jpeg(at, index), "RGB", strict=True)
+        tile = at.codec.decode(self._bytes(at, index))
         if tile.shape != (at.tile_height, at.tile_width, 3):
             raise ValueError(f"a tile of shape {tile.shape}")
         self._cache[key] = tile
@@ -223,26 +235,17 @@ class JpegTiles:
             self._cached -= self._cache.popitem(last=False)[1].nbytes
         return tile
 
-    def _jpeg(self, at: JpegLevel, index: int) -> bytes:
-        """A tile as a file of its own: start, kind of colours, tables, what the slide holds."""
-        if self._file is None or not at.counts[index]:
-            raise ValueError("no bytes of a tile")
-        self._file.filehandle.seek(at.offsets[index])
-        data: bytes = self._file.filehandle.read(at.counts[index])
-        if len(data) < at.counts[index] or not data.startswith(SOI):
-            raise ValueError("not a whole JPEG")
-        if not data.startswith(APP0, 2):
-            return b"".join((SOI, ADOBE_RGB if at.rgb else JFIF, at.tables, data[2:]))
-        if at.rgb:  # a JFIF header makes YCbCr of it
-            raise ValueError("RGB with a JFIF header")
-        end = 4 + int.from_bytes(data[4:6], "big")
-        return b"".join((data[:end], at.tables, data[end:]))
+    def _bytes(self, at: Level, index: int) -> bytes:
+        """One tile as it lies in the file."""
+        if self._file is None:
+            raise ValueError("the slide is closed")
+        return _read(self._file, at.offsets[index], at.counts[index])
 
 
 def _levels(
     file: tifffile.TiffFile, properties: Mapping[str, str], sizes: Sequence[tuple[int, int]]
-) -> dict[int, JpegLevel]:
-    """The levels that are JPEG tiles of 8-bit RGB, each of one page alone."""
+) -> dict[int, Level]:
+    """The levels that are tiles of 8-bit RGB, each of one page alone, which can be decoded here."""
     every: Any = file.pages
     pages = [page for page in every if page.is_tiled]
     if any(not min(page.databytecounts, default=0) for page in pages):
@@ -259,30 +262,49 @@ def _levels(
             if (page.imagewidth, page.imagelength) == size
             and (page.tilewidth, page.tilelength) == (width, height)
         ]
-        if len(alike) != 1 or not _is_jpeg_rgb(alike[0]):
+        if len(alike) != 1 or (codec := _codec(file, alike[0])) is None:
             continue
         page = alike[0]
-        at = JpegLevel(
+        at = Level(
             width=size[0],
             height=size[1],
             tile_width=width,
             tile_height=height,
             offsets=page.dataoffsets,
             counts=page.databytecounts,
-            rgb=page.photometric == RGB,
-            # A JPEG without image: what lies between its start and its end.
-            tables=bytes(page.jpegtables or b"")[2:-2],
+            codec=codec,
         )
         if len(at.offsets) == len(at.counts) == at.across * -(-at.height // at.tile_height):
             found[level] = at
     return found
 
 
-def _is_jpeg_rgb(page: Any) -> bool:
+def _codec(file: tifffile.TiffFile, page: Any) -> Codec | None:
+    """What decodes the tiles of a page; None: they are not 8-bit RGB, or nothing here does."""
     tags = page.tags
-    return (
-        page.compression == JPEG
-        and page.photometric in (RGB, YCBCR)
-        and (page.samplesperpixel, page.bitspersample, page.planarconfig) == (3, 8, 1)
-        and int(tags.valueof("ImageDepth", 1)) == int(tags.valueof("Orientation", 1)) == 1
-    )
+    if (
+        page.photometric not in (RGB, YCBCR)
+        or (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1)
+        or int(tags.valueof("ImageDepth", 1)) != 1
+        or int(tags.valueof("Orientation", 1)) != 1
+    ):
+        return None
+    with contextlib.suppress(ValueError):
+        if page.compression == JPEG:
+            # A JPEG without image: what lies between its start and its end.
+            return Jpeg(page.photometric == RGB, bytes(page.jpegtables or b"")[2:-2])
+        if page.compression == APERIO_RGB:
+            first = _read(file, page.dataoffsets[0], page.databytecounts[0])
+            return Jpeg2000(first, page.tilewidth, page.tilelength)
+    return None
+
+
+def _read(file: tifffile.TiffFile, offset: int, count: int) -> bytes:
+    """The bytes of one tile; ValueError where the file does not hold them all."""
+    if not count:
+        raise ValueError("no bytes of a tile")
+    file.filehandle.seek(offset)
+    data: bytes = file.filehandle.read(count)
+    if len(data) < count:
+        raise ValueError("the file is cut off")
+    return data
