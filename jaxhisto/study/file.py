@@ -1,7 +1,7 @@
 """A study as a TOML file: encoders, tasks, shares of the labels, repeats, settings.
 
 Every name and number is checked when the file is read; what it names on the disk is looked at by
-`study_plan`, before the first cell is computed.
+`plan`, before the first cell is computed.
 """
 
 from __future__ import annotations

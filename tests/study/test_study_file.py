@@ -18,6 +18,7 @@ from jaxhisto.study import paper_tables
 from jaxhisto.study import run as study
 from jaxhisto.study import settings as study_settings
 from jaxhisto.study.file import read_study, shipped_studies
+from jaxhisto.study.plan import as_keys
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,10 @@ REFUSED = [
     (('labels = "numbers.csv"', 'labels = "none.csv"'), "tasks.brightness: "),
     (('["linear", "last_layer"]', '["segment"]'), "for which none of the settings segment is one"),
     (("[probe]", "[probe"), "not valid TOML"),
+    (
+        ('group = "patient"', 'group = "patient"\nsplit = "s.json"\ntest = ["p1"]'),
+        "tasks.brightness: split and test both say what is tested on",
+    ),
     (('title = "Two sets"', 'paper = "D.1"'), "paper 'D.1': is no table; there is D.7"),
 ]
 
@@ -55,6 +60,16 @@ def test_refused_before_the_first_cell(place, tmp_path, capsys, edit, sentence):
     assert len(said) == 1
     assert sentence in said[0]
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_flags_of_other_verbs_are_told_as_keys_of_the_file():
+    said = "f.pth: give --mean and --std, such as --mean 0.485 0.456 0.406 --std 0.229 0.2 0.225."
+    assert as_keys(said) == (
+        "f.pth: give mean and std, such as mean = [0.485, 0.456, 0.406] std = [0.229, 0.2, 0.225]."
+    )
+    assert as_keys("pass --task.validation-by-image, or --out") == (
+        "pass validation_by_image, or --out"
+    )
 
 
 def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
