@@ -19,7 +19,7 @@ from jaxhisto import __version__
 from jaxhisto.clusters import cluster_pictures, kmeans
 from jaxhisto.clusters.kmeans import Clusters, Moments
 from jaxhisto.clusters.pictures import Pictures
-from jaxhisto.console import say
+from jaxhisto.console import counted, say
 from jaxhisto.data.features import Features
 from jaxhisto.data.manifest import write_manifest
 from jaxhisto.distributed import make_mesh
@@ -55,6 +55,10 @@ def cluster(config: ClusterConfig) -> Clustered:
       RunError: nothing to cluster, or a folder that cannot be written.
     """
     out = Path(config.out)
+    if out.name in ("", ".."):
+        raise ConfigError(f"--out {out}: the folder is replaced as a whole; give one a name.")
+    if config.pick_from and not config.pick:
+        raise ConfigError("--pick-from: nothing is picked; pass --pick with how many tiles.")
     with Features(config.features) as features:
         ks = _ks(config, len(features))
         identity = _identity(config, features, ks)
@@ -62,8 +66,8 @@ def cluster(config: ClusterConfig) -> Clustered:
         pictures = Pictures(features, config.show)
         if config.pick:
             pictures.origins()  # refused before the work, not after it
-        for note in filter(None, [pictures.note()]):
-            say(note)
+        if pictures.note():
+            say(pictures.note())
         found, record = earlier or _clustered(config, features, ks, identity)
         _refuse_absent(config, found)
         record["pictures_missing"] = len(pictures.missing) if pictures.given else None
@@ -71,7 +75,7 @@ def cluster(config: ClusterConfig) -> Clustered:
         try:
             temporary.mkdir(parents=True)
             lines = _write(temporary, config, features, found, record, pictures)
-            _replace(temporary, out)
+            _replace(temporary, out, config.force)
         except OSError as error:
             raise RunError(
                 f"{error.filename or out}: cannot be written ({error.strerror or error}); make "
@@ -113,6 +117,11 @@ def pick(
 
 
 def _ks(config: ClusterConfig, n: int) -> tuple[int, ...]:
+    if n < 2:
+        raise RunError(
+            f"{config.features}: has {counted(n, 'row')}, there is nothing to cluster; embed more "
+            "tiles."
+        )
     ks = tuple(sorted(set(config.k))) or tried(n)
     if ks[-1] > n:
         raise ConfigError(
@@ -228,7 +237,7 @@ def _write(
     _write_assignments(folder / ASSIGNMENTS, features, found)
     empty = f", {record['empty']} empty" if record["empty"] else ""
     lines = [
-        f"{len(features):,} rows in {k:,} clusters ({_of_elbow(record)}), "
+        f"{len(features):,} rows in {counted(k, 'cluster')} ({_chosen(config, record)}), "
         f"{found.explained:.1%} of the variance explained, inertia {found.inertia:.6g}",
         f"sizes {found.sizes.min():,} to {found.sizes.max():,}, median "
         f"{int(np.median(found.sizes)):,}{empty}",
@@ -255,10 +264,14 @@ def _write(
     return lines
 
 
-def _of_elbow(record: dict[str, Any]) -> str:
+def _chosen(config: ClusterConfig, record: dict[str, Any]) -> str:
+    """Why so many clusters."""
+    values = len(record["curve"])
     if record["elbow"]:
-        return f"the elbow of {len(record['curve'])}"
-    return "as asked" if len(record["curve"]) == 1 else "the most, their curve has no elbow"
+        return f"the elbow of {values} values of k"
+    if values > 1:
+        return "the most, their curve has no elbow"
+    return "as asked" if config.k else "so few rows have no elbow"
 
 
 def _write_assignments(path: Path, features: Features, found: Clusters) -> None:
@@ -274,8 +287,17 @@ def _write_assignments(path: Path, features: Features, found: Clusters) -> None:
         file.create_dataset("spans", data=features.spans)
 
 
-def _replace(new: Path, out: Path) -> None:
-    """Puts the folder in its place; an earlier one goes only when the new one is there."""
+def _replace(new: Path, out: Path, force: bool) -> None:
+    """Puts the folder in its place; an earlier one goes only when the new one is there.
+
+    Raises:
+      RunError: another process has written one meanwhile.
+    """
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise RunError(
+            f"{out}: another process has written clusters there meanwhile; give another --out, or "
+            "--force to replace them."
+        )
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         os.replace(out, old)

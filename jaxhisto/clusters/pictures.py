@@ -84,7 +84,7 @@ class Pictures:
     def note(self) -> str:
         """Of how many rows there is no picture, in words; empty where all are there."""
         if not self.given:
-            return "no pictures were given"
+            return "no pictures were given (--show.tiles, --show.slides)"
         if not self.missing:
             return ""
         more = f" and {len(self.missing) - NAMED:,} more" if len(self.missing) > NAMED else ""
@@ -197,9 +197,10 @@ def rows_named(features: Features, wanted: Sequence[str]) -> list[int]:
         ends = [i for i, name in enumerate(features.names) if name.rpartition("/")[2] == text]
         if len(ends) != 1:
             fact = f"{len(ends)} rows" if ends else "no row"
+            have = "have" if ends else "has"
             near = difflib.get_close_matches(text, features.names[:20000], 1) or features.names[:1]
             raise ConfigError(
-                f"--query {text}: {fact} of {features.path} has that name; names are like "
+                f"--query {text}: {fact} of {features.path} {have} that name; names are like "
                 f"{near[0]}."
             )
         found += ends

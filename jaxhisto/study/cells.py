@@ -246,8 +246,11 @@ def write_cell(cell: Cell, outcome: Outcome) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / cell.stem
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(held.getvalue())
-        os.replace(temporary, f"{path}.npz")
+        try:
+            temporary.write_bytes(held.getvalue())
+            os.replace(temporary, f"{path}.npz")
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
         write_atomically(f"{path}.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise StoreError(
@@ -268,6 +271,12 @@ def read_cell(cell: Cell) -> Outcome | None:
         return Outcome(chosen, validation, test, predictions)
     except (OSError, ValueError, KeyError, EOFError):
         return None  # absent, or cut short by a full disk
+
+
+def clear_halves(out: Path) -> None:
+    """Removes what a kill left of cells that were being written; OUT is this process's own."""
+    for path in (out / CELLS).glob(".*"):
+        path.unlink(missing_ok=True)
 
 
 def is_there(cell: Cell) -> bool:

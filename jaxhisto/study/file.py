@@ -124,7 +124,8 @@ def find_study(name: str) -> Path:
       ConfigError: neither is there.
     """
     path = Path(name)
-    if not path.exists() and path.parent == Path():
+    # A folder may bear the study's name: `--out study_paper`.
+    if not path.is_file() and path.parent == Path():
         path = shipped_studies().get(path.stem, path)
     if not path.is_file():
         raise ConfigError(
@@ -223,9 +224,17 @@ def rooted_task(task: TaskConfig, root: str) -> TaskConfig:
 
 
 def rooted_encoder(name: str, root: str) -> str:
-    """The encoder's file below the root where there is one, else the name as it is (the zoo's)."""
+    """The encoder's file below the root where there is one, else the name as it is (the zoo's).
+
+    Raises:
+      ConfigError: there is none, and the name is a path.
+    """
     path = Path(rooted(name, root))
-    return str(path) if path.exists() else name
+    if path.exists():
+        return str(path)
+    if Path(name).suffix or Path(name).parent != Path():
+        raise ConfigError(f"{path}: does not exist; mend the name, or --root.")
+    return name
 
 
 def _row(name: str, value: Any, where: str) -> Row:

@@ -44,8 +44,8 @@ def open_entries(study: Study, root: str) -> list[Entry]:
     for name, row in study.encoders.items():
         hashes: dict[str, str] = {}
         for index, file in enumerate(row.files):
-            file = rooted_encoder(file, root)
             try:
+                file = rooted_encoder(file, root)
                 encoder = open_encoder(file, row.mean, row.std)
             except JaxhistoError as error:
                 raise type(error)(f"encoders.{name}: {as_keys(str(error))}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxhisto.console import counted
 from jaxhisto.slides.report_parts import STYLE
 from jaxhisto.study.grids import Grid
 from jaxhisto.study.results import PARTS, TITLES, Found, Part
@@ -105,15 +106,15 @@ def page(
     """report.html: the same with the figures inside; nothing to load."""
     study = found.study
     numbers = [
-        (len(study.encoders), "encoders"),
-        (len(study.tasks), "tasks"),
-        (study.repeats, "repeats"),
+        (len(study.encoders), "encoder" + "s" * (len(study.encoders) != 1)),
+        (len(study.tasks), "task" + "s" * (len(study.tasks) != 1)),
+        (study.repeats, "repeat" + "s" * (study.repeats != 1)),
         (len(found.cells) - found.missing, f"of {len(found.cells):,} cells"),
     ]
     head = "".join(f"<div><b>{n:,}</b><span>{escape(what)}</span></div>" for n, what in numbers)
     body = [f"<section><h2>What was compared</h2><ul>{_items(facts(found))}</ul></section>"]
     if failures:
-        title = f"<h2>{len(failures):,} cells failed</h2>"
+        title = f"<h2>{counted(len(failures), 'cell')} failed</h2>"
         body.insert(0, f"<div class=failures>{title}<ul>{_items(_causes(failures))}</ul></div>")
     for part, of in grids:
         if part is None:

@@ -26,6 +26,7 @@ from jaxhisto.study.cells import (
     Outcome,
     Ready,
     cells_of,
+    clear_halves,
     is_there,
     read_cell,
     write_cell,
@@ -66,6 +67,7 @@ def run_study(config: StudyConfig) -> Studied:
     study = read_study(path)
     _refuse_no_plots()
     with _locked(out):
+        clear_halves(out)
         entries = open_entries(study, config.root)
         tasks = open_tasks(study, config.root, out, config.threads)
         features = FeatureCache(out, study.probe.embed_batch, config.devices, config.threads)
@@ -198,7 +200,7 @@ def _locked(out: Path) -> Iterator[None]:
         lock = (out / LOCK).open("w")
     except OSError as error:
         raise StoreError(
-            f"{out}: cannot be written ({error.strerror}); give another --out."
+            f"{out}: is no folder that can be written ({error.strerror}); give another --out."
         ) from error
     with lock:
         try:

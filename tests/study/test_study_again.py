@@ -85,9 +85,11 @@ def test_killed_it_goes_on_to_the_same_bytes(place, tmp_path):
 @pytest.mark.usefixtures("no_figures")
 def test_a_cut_off_cell_is_computed_again(place, small, tmp_path):
     out = Path(shutil.copytree(place / "small", tmp_path / "out"))
-    for i, cell in enumerate(sorted(out.glob("cells/*"))[:4]):
+    (out / "cells" / ".linear-0123.4711").write_bytes(b"what a kill left of a cell")
+    for i, cell in enumerate(sorted(out.glob("cells/[!.]*"))[:4]):
         cell.write_bytes(cell.read_bytes()[: 10 * i])
     assert run(small, "--root", place, "--out", out) == 0
+    assert not list(out.glob("cells/.*"))
     assert written(out) == written(place / "small")
 
 

@@ -17,7 +17,7 @@ from jaxhisto.flags import parse
 from jaxhisto.study import paper_tables
 from jaxhisto.study import run as study
 from jaxhisto.study import settings as study_settings
-from jaxhisto.study.file import read_study, shipped_studies
+from jaxhisto.study.file import find_study, read_study, shipped_studies
 from jaxhisto.study.plan import as_keys
 
 
@@ -40,7 +40,11 @@ REFUSED = [
     (('"b.safetensors"', '""'), "encoders.trained names no encoder"),
     (('= "handmade"', "= 3"), "encoders.hand-made is 3; write a name"),
     (('paper = "BACH"', 'paper = "CIFAR"'), "tasks.shade.paper 'CIFAR': is no column"),
-    (('"b.safetensors"', '"c.safetensors"'), "encoders.trained: c.safetensors: not a published"),
+    (
+        ('"b.safetensors"', '"c.safetensors"'),
+        "c.safetensors: does not exist; mend the name, or --root",
+    ),
+    (('"b.safetensors"', '"nowhere"'), "encoders.trained: nowhere: not a published"),
     (('labels = "numbers.csv"', 'labels = "none.csv"'), "tasks.brightness: "),
     (('["linear", "last_layer"]', '["segment"]'), "for which none of the settings segment is one"),
     (("[probe]", "[probe"), "not valid TOML"),
@@ -70,6 +74,13 @@ def test_flags_of_other_verbs_are_told_as_keys_of_the_file():
     assert as_keys("pass --task.validation-by-image, or --out") == (
         "pass validation_by_image, or --out"
     )
+
+
+def test_a_folder_may_bear_the_name_of_a_study(monkeypatch, tmp_path):
+    """`jaxhisto study study_paper --out study_paper`, started again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study_paper").mkdir()
+    assert find_study("study_paper") == shipped_studies()["study_paper"]
 
 
 def test_the_same_weights_twice_in_a_row_are_no_two_seeds(place, tmp_path, capsys):
