@@ -16,7 +16,7 @@ from jaxhisto.config import within
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError
 from jaxhisto.settings import check, known
-from jaxhisto.study.paper_tables import TABLES
+from jaxhisto.study.paper_tables import FROZEN_TABLE, TABLES
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.splits import PERCENTS
 from jaxhisto.training_config import FinetuneConfig, SegmentConfig
@@ -321,9 +321,11 @@ def _refuse_empty(study: Study, where: str) -> None:
     for what in ("encoders", "tasks", "percents", "settings"):
         if not getattr(study, what):
             raise ConfigError(f"{where}: names no {what}; a study needs at least one.")
-    if study.paper and study.paper not in TABLES:
+    trained = [table for table in TABLES if table != FROZEN_TABLE]
+    if study.paper and study.paper not in trained:
         raise ConfigError(
-            f"{where}: paper {study.paper!r}: is no table; there is {', '.join(TABLES)}."
+            f"{where}: paper {study.paper!r}: is no table of trained encoders; there is "
+            f"{', '.join(trained)}, and {FROZEN_TABLE} stands beside last_layer by itself."
         )
 
 

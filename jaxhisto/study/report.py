@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxhisto.console import counted
+from jaxhisto.plots import plain
 from jaxhisto.slides.report_parts import STYLE
 from jaxhisto.study.grids import Grid
 from jaxhisto.study.results import PARTS, TITLES, Found, Part
@@ -48,7 +49,7 @@ def label_curves(part: Part, path: Path) -> Path:
             _line(axes, part, ready.name, row, percents, i)
         measure = part.measure(ready)
         better = "higher" if measure.higher_is_better else "lower"
-        axes.set_title(fill(_plain(ready.name), 34), fontsize="medium")
+        axes.set_title(fill(plain(ready.name), 34), fontsize="medium")
         axes.set_ylabel(f"{measure.title}\n({better} is better)")
         axes.set_xticks(range(len(percents)), [f"{p:g}" for p in percents])
         axes.set_xlim(-0.3, len(percents) - 0.7)
@@ -78,7 +79,7 @@ def _line(axes: Any, part: Part, task: str, row: str, percents: Sequence[float],
     means, sds, lows, highs = np.array([(s.mean, s.sd, s.low, s.high) for _, s in found]
                                        or np.empty((0, 4))).T  # fmt: skip
     axes.plot(at, means, style, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4,
-              linewidth=1.4, label=_plain(row))  # fmt: skip
+              linewidth=1.4, label=plain(row))  # fmt: skip
     axes.fill_between(at, means - sds, means + sds, color=colour, alpha=0.15, linewidth=0)
     if len(part.rows) <= BARS:
         axes.vlines(at, lows, highs, color=colour, linewidth=1, alpha=0.8)
@@ -136,11 +137,6 @@ section .scroll{{border:0;padding:0;margin:0 0 1rem}}
 <div class=numbers>{head}</div></header>
 <main>{"".join(body)}</main></body></html>
 """
-
-
-def _plain(name: str) -> str:
-    """For matplotlib, to which $ means formulas and a leading _ that a line has no name."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def caption(part: Part) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxhisto.study.cells import Ready
 from jaxhisto.study.file import Study
 from jaxhisto.study.grids import NONE, Grid, decimals_of, number
-from jaxhisto.study.paper_tables import SETS, average
+from jaxhisto.study.paper_tables import FROZEN_TABLE, SETS, average
 from jaxhisto.study.paper_tables import number as printed
 from jaxhisto.study.results import MEASURES, PARTS, Found, Measure, Part
 from jaxhisto.study.stats import interval
@@ -269,12 +269,13 @@ def _bracketed(value: float, low: float, high: float, decimals: int, mark: str) 
 
 
 def _table(study: Study, part: Part) -> str:
-    """The paper's table that a part stands beside; none of a part that it does not have."""
+    """The paper's table that a part stands beside; none of a part that it does not have.
+
+    All but D.8 are of networks whose layers were all trained.
+    """
     if part.measures != "paper":
         return ""
-    return {"fine-tuned": study.paper or "D.7", "last-layer": study.paper or "D.8"}.get(
-        part.name, ""
-    )
+    return {"fine-tuned": study.paper or "D.7", "last-layer": FROZEN_TABLE}.get(part.name, "")
 
 
 def _paper_number(study: Study, part: Part, row: str, ready: Ready) -> float | None:

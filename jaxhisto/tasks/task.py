@@ -204,5 +204,10 @@ def open_task(config: TaskConfig) -> Task:
                     f"--task.{name.replace('_', '-')} is for files of one's own; drop it, "
                     f"{config.layout} has a form of its own."
                 )
+        if config.target_scale != 1:
+            raise ConfigError(
+                f"--task.target-scale is for numbers of one's own; drop it, those of "
+                f"{config.layout} have the paper's unit."
+            )
         task = READERS[config.layout](config)
     return replace(task, groups=None) if config.split_by == "image" else task

@@ -79,6 +79,7 @@ def test_a_report_loads_nothing_and_says_how_sure_it_is(place):
 def test_the_papers_numbers_stand_beside_ours(place, tmp_path):
     edits = (
         (TRAINED, ""),
+        ('title = "Two sets"', 'title = "Two sets"\npaper = "D.10"'),  # of trained networks
         ('"hand-made" = "handmade"',
          '[encoders."hand-made"]\nfiles = "handmade"\npaper = "18 Self supervised"'),
     )  # fmt: skip

@@ -52,7 +52,11 @@ REFUSED = [
         ('group = "patient"', 'group = "patient"\nsplit = "s.json"\ntest = ["p1"]'),
         "tasks.brightness: split and test both say what is tested on",
     ),
-    (('title = "Two sets"', 'paper = "D.1"'), "paper 'D.1': is no table; there is D.7"),
+    (
+        ('title = "Two sets"', 'paper = "D.1"'),
+        "paper 'D.1': is no table of trained encoders; there is D.7",
+    ),
+    (('title = "Two sets"', 'paper = "D.8"'), "D.8 stands beside last_layer by itself"),
 ]
 
 
@@ -112,6 +116,8 @@ def test_shipped_studies_and_the_lines_that_make_their_runs_are_read(name, monke
         table = found.paper or "D.7"
         assert not row.paper or row.paper in paper_tables.rows_of(table), row
     assert set(found.settings) <= set(study_settings.SETTINGS)
+    # Readers of published sets have their numbers in the paper's unit, and refuse another scale.
+    assert {t.target_scale for t in found.tasks.values() if t.layout != "auto"} <= {1}
 
 
 def test_the_papers_tables_are_the_papers(shared_docs):
@@ -125,11 +131,18 @@ def test_the_papers_tables_are_the_papers(shared_docs):
     lines = {" ".join(line.split()) for line in text.splitlines()}
     lines = {re.sub(r"(\d)\.(?= |$)", r"\1", line) for line in lines}
     of: dict[tuple[str, str], list[str]] = {}
+    columns: dict[tuple[str, str], list[str]] = {}
     for row in rows(Path(study.__file__).with_name("paper_tables.csv")):
         of.setdefault((row["table"], row["row"]), []).append(row["value"])
+        columns.setdefault((row["table"], row["row"]), []).append(row["column"])
     assert len(of) > 60
     for (table, name), values in of.items():
         end = " ".join(values)
         found = {line.removesuffix(end).strip() for line in lines if line.endswith(" " + end)}
         # A group's first line bears its name, the others do not.
         assert found & {name, name.partition(" ")[2]}, (table, name, end)
+        if table in paper_tables.TABLES:  # the others have the kinds of tasks as columns
+            header = " ".join(columns[table, name])
+            for ours, printed in (("BACH segmentation", "BACH"), ("Segmentation av", "Av")):
+                header = header.replace(ours, printed)
+            assert any(line.endswith(header) for line in lines), (table, name, header)
