@@ -14,9 +14,11 @@ import numpy as np
 from jaxhisto.console import counted
 from jaxhisto.plots import plain
 from jaxhisto.slides.report_parts import STYLE
+from jaxhisto.study.cells import Ready
+from jaxhisto.study.file import Study
 from jaxhisto.study.grids import Grid
-from jaxhisto.study.results import PARTS, TITLES, Found, Part
-from jaxhisto.study.tables import SHOWN, drawn
+from jaxhisto.study.results import PARTS, Found, Part
+from jaxhisto.study.tables import SHOWN, drawn, measures_of
 
 COLUMNS = 3
 MARKERS = "osD^vPX*<>"
@@ -153,8 +155,8 @@ def facts(found: Found) -> list[str]:
             f"{len(ready.split.part(p)):,} {p}" for p in ("train", "validation", "test")
         )
         lines.append(
-            f"{ready.name}: {ready.task.kind}, {parts} (split {ready.split.sha256[:12]}), fed at "
-            f"{ready.config.side} px; intervals draw {drawn(ready)}"
+            f"{ready.name}: {ready.task.kind}, {parts} (split {ready.split.sha256[:12]}), "
+            f"{fed(found.study, ready)}; intervals draw {drawn(ready)}"
         )
     for row, encoder in found.study.encoders.items():
         of = [e for e in found.entries if e.row == row]
@@ -165,9 +167,16 @@ def facts(found: Found) -> list[str]:
     return lines
 
 
+def fed(study: Study, ready: Ready) -> str:
+    """How large the network's images are."""
+    if ready.task.kind == "segmentation":
+        return f"trained on crops of {study.others['segment'].crop_px} px"
+    return f"fed at {ready.config.side} px"
+
+
 def heading(part: Part) -> str:
     """Of a part of the report."""
-    return f"{PARTS[part.name][0].capitalize()}: {TITLES[part.measures]}"
+    return f"{PARTS[part.name][0].capitalize()}: {measures_of(part)}"
 
 
 def figure_name(part: Part) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxhisto import __version__
-from jaxhisto.console import say, warn
+from jaxhisto.console import counted, say, warn
 from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import ConfigError, JaxhistoError, RunError, StoreError
@@ -74,7 +74,7 @@ def run_study(config: StudyConfig) -> Studied:
         every = list(cells_of(study, entries, tasks, features, out, config.devices, config.threads))
         cells = _chosen(every, config.only)
         earlier = sum(is_there(cell) for cell in cells)
-        say(f"{len(cells):,} cells, {earlier:,} of them finished by an earlier start")
+        say(f"{counted(len(cells), 'cell')}, {earlier:,} of them finished by an earlier start")
         if config.plan:
             return Studied(out, len(cells), earlier, ())
         _write(out / "study.json", _facts(path, study, entries, tasks))

@@ -216,18 +216,19 @@ def decimals(part: Part, ready: Ready) -> int:
     return max(_decimals(part, ready, p) for p in part.percents)
 
 
+def measures_of(part: Part) -> str:
+    """`macro F1 and mean absolute error`: what its tasks are judged by."""
+    kinds = {t.task.kind for t in part.tasks}
+    of = MEASURES[part.measures]
+    return " and ".join(dict.fromkeys(of[k].title for k in KINDS if k in kinds))
+
+
 def _probability(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else number(p, 4)
 
 
 def _title(part: Part) -> str:
-    return f"{PARTS[part.name][0].capitalize()} ({_measures(part)})"
-
-
-def _measures(part: Part) -> str:
-    kinds = {t.task.kind for t in part.tasks}
-    of = MEASURES[part.measures]
-    return " and ".join(dict.fromkeys(of[k].title for k in KINDS if k in kinds))
+    return f"{PARTS[part.name][0].capitalize()} ({measures_of(part)})"
 
 
 def _mark(part: Part, ready: Ready, row: str, percent: float) -> str:

@@ -100,6 +100,9 @@ def test_a_task_with_masks_is_scored_by_pixels(tmp_path, monkeypatch):
     monkeypatch.setitem(study_settings.SETTINGS, "segment", made)
     monkeypatch.setattr(study_cells, "FROZEN", (*study_cells.FROZEN, "segment"))
     assert run(tmp_path / "s.toml", "--root", tmp_path, "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "trained on crops of 256 px; intervals draw 3 test images" in text
+    assert "## All layers trained: macro F1\n" in text
     (row,) = rows(tmp_path / "out" / "tables" / "numbers-fine-tuned-paper.csv")
     scores = []
     for repeat in range(2):
