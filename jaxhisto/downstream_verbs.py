@@ -112,8 +112,8 @@ def retrieve(argv: Sequence[str]) -> int:
     from jaxhisto.clusters.retrieve import retrieve as run
 
     out = run(config)
-    many = "query" if len(config.query) == 1 else f"{len(config.query)} queries"
-    say(f"{out}, {out.with_suffix('.csv').name}: the nearest of {many}")
+    many = f"{len(config.query):,} {'query' if len(config.query) == 1 else 'queries'}"
+    say(f"{out}, {out.with_suffix('.csv').name}: {many}")
     return 0
 
 

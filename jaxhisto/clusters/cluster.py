@@ -24,7 +24,7 @@ from jaxhisto.data.features import Features
 from jaxhisto.data.manifest import write_manifest
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream_config import ClusterConfig
-from jaxhisto.errors import ConfigError, RunError
+from jaxhisto.errors import ConfigError, JaxhistoError, RunError
 from jaxhisto.runlog import environment
 
 RECORD, CENTRES, ASSIGNMENTS, PICKED = (
@@ -52,7 +52,8 @@ def cluster(config: ClusterConfig) -> Clustered:
     Raises:
       StoreError, SlideError: features or pictures that cannot be read or are of other data.
       ConfigError: settings that contradict each other or the features.
-      RunError: nothing to cluster, or a folder that cannot be written.
+      RunError: nothing to cluster, or a folder that cannot be written; a picture that cannot be
+        read, when the clusters are there already.
     """
     out = Path(config.out)
     if out.name in ("", ".."):
@@ -70,11 +71,10 @@ def cluster(config: ClusterConfig) -> Clustered:
             say(pictures.note())
         found, record = earlier or _clustered(config, features, ks, identity)
         _refuse_absent(config, found)
-        record["pictures_missing"] = len(pictures.missing) if pictures.given else None
         temporary = out.with_name(f".{out.name}.{os.getpid()}")
         try:
             temporary.mkdir(parents=True)
-            lines = _write(temporary, config, features, found, record, pictures)
+            lines, undrawn = _write(temporary, config, features, found, record, pictures)
             _replace(temporary, out, config.force)
         except OSError as error:
             raise RunError(
@@ -84,6 +84,10 @@ def cluster(config: ClusterConfig) -> Clustered:
         finally:
             pictures.close()
             shutil.rmtree(temporary, ignore_errors=True)
+    if undrawn is not None:
+        raise RunError(
+            f"{undrawn} The clusters are in {out}; the same line with --force draws them."
+        ) from undrawn
     return Clustered(out, lines, out / PICKED if config.pick else None)
 
 
@@ -230,8 +234,8 @@ def _refuse_absent(config: ClusterConfig, found: Clusters) -> None:
 def _write(
     folder: Path, config: ClusterConfig, features: Features, found: Clusters,
     record: dict[str, Any], pictures: Pictures,
-) -> list[str]:  # fmt: skip
-    """All files; returns what to say of them."""
+) -> tuple[list[str], JaxhistoError | None]:  # fmt: skip
+    """All files; returns what to say of them, and why there are no pictures where that failed."""
     k = record["k"]
     np.save(folder / CENTRES, found.centres)
     _write_assignments(folder / ASSIGNMENTS, features, found)
@@ -242,7 +246,12 @@ def _write(
         f"sizes {found.sizes.min():,} to {found.sizes.max():,}, median "
         f"{int(np.median(found.sizes)):,}{empty}",
     ]
-    cluster_pictures.draw_all(folder, config, features, found, record, pictures)
+    undrawn = None
+    try:
+        cluster_pictures.draw_all(folder, config, features, found, record, pictures)
+    except JaxhistoError as error:  # of an image that cannot be read any more
+        undrawn = error
+    record["pictures_missing"] = len(pictures.missing) if pictures.given else None
     if config.pick:
         rows = pick(found.labels, found.distances, config.pick, config.pick_from)
         there = [row for row in rows if pictures.at[row] >= 0]
@@ -261,7 +270,7 @@ def _write(
     record["environment"] = environment([str(device) for device in jax.devices()])
     # Last: a folder with clusters.json is whole.
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    return lines
+    return lines, undrawn
 
 
 def _chosen(config: ClusterConfig, record: dict[str, Any]) -> str:

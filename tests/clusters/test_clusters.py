@@ -13,12 +13,14 @@ from refusals import refusal
 
 from jaxhisto.clusters.cluster import pick, tried
 from jaxhisto.clusters.kmeans import Held
+from jaxhisto.clusters.pictures import Pictures
 from jaxhisto.clusters.retrieve import nearest
 from jaxhisto.clusters.sheets import bar_length
 from jaxhisto.clusters.slide_maps import VIVID, Base, colours, highlighted
 from jaxhisto.config import DataConfig
 from jaxhisto.data.manifest import read_manifest
 from jaxhisto.data.sources import open_tiles
+from jaxhisto.errors import StoreError
 
 HUES = ((200, 60, 60), (60, 200, 60), (60, 60, 200))
 
@@ -160,6 +162,40 @@ def test_few_rows_without_a_k(jaxhisto, tmp_path):
     code, said, err = jaxhisto("cluster", path, "--out", tmp_path / "C")
     assert code == 0, err
     assert "9 rows in 1 cluster (so few rows have no elbow), 0.0% of the variance" in said
+
+
+def test_an_image_that_cannot_be_read_any_more_does_not_cost_the_clusters(
+    jaxhisto, images, features, tmp_path, monkeypatch
+):
+    def broken(self, row, side):
+        raise StoreError("07.png: cannot be decoded; restore it.")
+
+    asked = ("cluster", features, "--k", 3, "--show.tiles", images, "--out", tmp_path / "C")
+    with monkeypatch.context() as patch:
+        patch.setattr(Pictures, "read", broken)
+        assert "07.png: cannot be decoded; restore it. The clusters are in" in refusal(
+            jaxhisto(*asked)
+        )
+    assert sorted(json.loads((tmp_path / "C/clusters.json").read_text())["sizes"]) == [20] * 3
+    code, said, err = jaxhisto(*asked, "--force")
+    assert code == 0, err
+    assert "the clusters of these features are kept" in said
+    assert (tmp_path / "C/clusters.png").is_file()
+
+
+def test_a_slide_that_cannot_be_opened_is_told_and_painted_from_what_there_is(
+    jaxhisto, features, tmp_path
+):
+    (tmp_path / "s.svs").write_bytes(b"II*\0" + bytes(range(256)))
+    out = tmp_path / "C"
+    code, _, err = jaxhisto(
+        "cluster", features, "--k", 3, "--show.slides", tmp_path / "s.svs", "--out", out
+    )
+    assert code == 0, err
+    assert err.count("s.svs: ") == 1
+    assert "its tiles are drawn as missing" in err
+    assert (out / "map-s.svs.png").is_file()
+    assert json.loads((out / "clusters.json").read_text())["pictures_missing"] == 60
 
 
 def test_a_folder_without_a_name_is_refused(jaxhisto, features, tmp_path, monkeypatch):
