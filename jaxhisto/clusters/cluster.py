@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from jaxhisto.clusters import cluster_pictures, kmeans
 from jaxhisto.clusters.kmeans import Clusters, Moments
 from jaxhisto.clusters.pictures import Pictures
 from jaxhisto.console import counted, say
-from jaxhisto.data.features import Features
+from jaxhisto.data.features import PARTIAL, Features
 from jaxhisto.data.manifest import write_manifest
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream_config import ClusterConfig
@@ -31,6 +33,7 @@ RECORD, CENTRES, ASSIGNMENTS, PICKED = (
     "clusters.json", "centres.npy", "assignments.h5", "picked.jsonl",
 )  # fmt: skip
 FORMAT = "jaxhisto-clusters-1"
+LOCK = "lock"
 CURVE = ("k", "inertia", "explained_variance")
 STEPS = 10  # values of k that are tried where none are given
 LARGEST = 10_000  # of them (paper)
@@ -69,26 +72,50 @@ def cluster(config: ClusterConfig) -> Clustered:
             pictures.origins()  # refused before the work, not after it
         if pictures.note():
             say(pictures.note())
-        found, record = earlier or _clustered(config, features, ks, identity)
-        _refuse_absent(config, found)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
         try:
-            temporary.mkdir(parents=True)
-            lines, undrawn = _write(temporary, config, features, found, record, pictures)
-            _replace(temporary, out, config.force)
-        except OSError as error:
-            raise RunError(
-                f"{error.filename or out}: cannot be written ({error.strerror or error}); make "
-                "room or give --out another folder."
-            ) from error
+            with _workplace(out) as folder:
+                found, record = earlier or _clustered(config, features, ks, identity)
+                _refuse_absent(config, found)
+                lines, undrawn = _write(folder, config, features, found, record, pictures)
+                _replace(folder, out, config.force)
         finally:
             pictures.close()
-            shutil.rmtree(temporary, ignore_errors=True)
     if undrawn is not None:
         raise RunError(
             f"{undrawn} The clusters are in {out}; the same line with --force draws them."
         ) from undrawn
     return Clustered(out, lines, out / PICKED if config.pick else None)
+
+
+@contextlib.contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """A folder beside OUT, held for this process, to take OUT's place; empty but for its lock.
+
+    Raises:
+      RunError: it cannot be written, now or later, or another process is at work there.
+    """
+    folder = out.with_name(f".{out.name}{PARTIAL}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                for left in folder.iterdir():  # by a kill
+                    if left.name != LOCK:
+                        left.unlink()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError as error:
+        raise RunError(
+            f"{out}: another `jaxhisto cluster` is at work there; wait for that one, or give "
+            "another --out."
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); make room or "
+            "give --out another folder."
+        ) from error
 
 
 def tried(n: int) -> tuple[int, ...]:
@@ -307,6 +334,7 @@ def _replace(new: Path, out: Path, force: bool) -> None:
             f"{out}: another process has written clusters there meanwhile; give another --out, or "
             "--force to replace them."
         )
+    (new / LOCK).unlink()
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         os.replace(out, old)

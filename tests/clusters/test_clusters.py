@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 
 import h5py
@@ -217,6 +218,22 @@ def test_clusters_that_another_process_wrote_meanwhile_stay(
     assert "another process has written clusters there meanwhile" in refusal(result)
     assert (tmp_path / "C/clusters.json").read_text() == "theirs"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_kill_left_is_cleared_and_two_at_once_are_refused(jaxhisto, features, tmp_path):
+    left = tmp_path / ".C.partial"
+    left.mkdir()
+    (left / "centres.npy").write_bytes(b"half")
+    asked = ("cluster", features, "--k", 3, "--maps", 0, "--out", tmp_path / "C")
+    with (left / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another `jaxhisto cluster` is at work there" in refusal(jaxhisto(*asked))
+    code, _, err = jaxhisto(*asked)
+    assert code == 0, err
+    assert {p.name for p in tmp_path.iterdir()} == {"C"}
+    assert {p.name for p in (tmp_path / "C").iterdir()} == {
+        "clusters.json", "centres.npy", "assignments.h5"
+    }  # fmt: skip
 
 
 def test_constant_features_are_refused(jaxhisto, tmp_path):
