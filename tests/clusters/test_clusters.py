@@ -278,6 +278,8 @@ def test_retrieval_finds_the_colour(jaxhisto, images, features, tmp_path):
     with Image.open(out) as sheet:
         assert sheet.width > 7 * 128
     assert "pass --force" in refusal(jaxhisto(*asked), 2)
+    out.unlink()
+    assert "would replace" in refusal(jaxhisto(*asked), 2)
     result = jaxhisto("retrieve", features, "--query", "4.png", "--out", tmp_path / "n.png")
     assert "--query 4.png: no row" in refusal(result, 2)
     result = jaxhisto("retrieve", features, "--query", "04.png", "--out", tmp_path / "n.jpg")
