@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from shlex import quote
 
-from jaxhisto.console import say, say_next, warn
+from jaxhisto.console import counted, say, say_next, warn
 from jaxhisto.downstream_config import (
     ClusterConfig,
     EmbedConfig,
@@ -99,8 +99,9 @@ def cluster(argv: Sequence[str]) -> int:
         picked = quote(str(done.picked))
         say_next(f"jaxhisto pretrain --data.manifest {picked} --data.stores {stores} --out RUN")
     else:
-        shown = f" --show.tiles {' '.join(map(quote, config.show.tiles))}" * bool(config.show.tiles)
-        out = f"--query NAME{shown} --out NEAREST.png"
+        given = {"tiles": config.show.tiles, "slides": config.show.slides}
+        shown = [f" --show.{k} {' '.join(map(quote, v))}" for k, v in given.items() if v]
+        out = f"--query NAME{''.join(shown)} --out NEAREST.png"
         say_next(f"jaxhisto retrieve {quote(config.features)} {out}")
     return 0
 
@@ -111,7 +112,8 @@ def retrieve(argv: Sequence[str]) -> int:
     from jaxhisto.clusters.retrieve import retrieve as run
 
     out = run(config)
-    say(f"{out}, {out.with_suffix('.csv').name}: {len(config.query)} queries")
+    many = f"{len(config.query):,} {'query' if len(config.query) == 1 else 'queries'}"
+    say(f"{out}, {out.with_suffix('.csv').name}: {many}")
     return 0
 
 
@@ -121,7 +123,7 @@ def sheet(argv: Sequence[str]) -> int:
     from jaxhisto.clusters.retrieve import diversity
 
     out, tiles, datasets = diversity(config)
-    say(f"{out}: {tiles:,} tiles of {datasets} datasets")
+    say(f"{out}: {counted(tiles, 'tile')} of {counted(datasets, 'dataset')}")
     return 0
 
 
@@ -135,8 +137,10 @@ def study(argv: Sequence[str]) -> int:
         return 0
     say(f"{done.out / 'report.html'}: {done.cells - len(done.failures):,} of {done.cells:,} cells")
     if done.failures:
-        warn(f"{len(done.failures):,} cells failed, as {done.out / 'failures.json'} says; the same "
-             "line tries them again")  # fmt: skip
+        failed = counted(len(done.failures), "cell")
+        warn(
+            f"{failed} failed, as {done.out / 'failures.json'} says; the same line tries them again"
+        )
     return 1 if done.failures else 0
 
 

@@ -38,6 +38,11 @@ def view_sheet(
     return Path(path)
 
 
+def plain(name: str) -> str:
+    """For matplotlib, to which $ means formulas and a leading _ that a line has no name."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def loss_curve(metrics: Sequence[Mapping[str, Any]], chance: float, path: str | Path) -> Path:
     """Draws loss, accuracy and similarities over the steps (needs the extra `plots`).
 
@@ -105,11 +110,11 @@ def overlay(runs: Sequence[Curves], path: str | Path) -> Path:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.3 * len(runs)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     colours = _colours(len(runs))
     for axes, panel in zip(grid, panels, strict=False):
         _draw(axes, panel, runs, colours)
-    for axes in list(grid)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     _legend(figure, runs, colours)
     figure.savefig(path, dpi=120)
@@ -176,7 +181,9 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Curves], colours: Sequence[Any
 def _legend(figure: Any, runs: Sequence[Curves], colours: Sequence[Any]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=c, label=r.name) for r, c in zip(runs, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=c, label=plain(r.name)) for r, c in zip(runs, colours, strict=True)
+    ]
     handles.append(Line2D([], [], color="0.4", linestyle=":", label="chance, log(2N - 1)"))
     figure.legend(handles=handles, loc="outside upper left", frameon=False)
 

@@ -75,3 +75,19 @@ def test_panels_are_those_of_which_some_run_knows_something(tmp_path):
     with Image.open(plain) as two_by_two, Image.open(watched) as two_by_three:
         assert two_by_two.size == (round(9.2 * 120), round(6.9 * 120))
         assert two_by_three.size == (round(13.8 * 120), round(7.2 * 120))
+
+
+def test_a_place_without_a_panel_stays_empty_and_names_are_as_written(tmp_path, monkeypatch):
+    """Five panels in a grid of six; $ and a leading _ mean something to matplotlib."""
+    from matplotlib.figure import Figure
+
+    held, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (held.append(self), save(self, *a, **k))
+    )
+    line = {"step": 0, "effective_rank": 3.0}
+    overlay([curves("_a", 2.0, [line]), curves(r"$\\x$ of $5", 3.0)], tmp_path / "runs.png")
+    (figure,) = held
+    assert [axes.axison for axes in figure.axes] == [True] * 5 + [False]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [name.replace("\\$", "$").strip() for name in names[:2]] == ["_a", r"$\\x$ of $5"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,19 @@ from jaxhisto import __version__
 from jaxhisto.clusters import cluster_pictures, kmeans
 from jaxhisto.clusters.kmeans import Clusters, Moments
 from jaxhisto.clusters.pictures import Pictures
-from jaxhisto.console import say
-from jaxhisto.data.features import Features
+from jaxhisto.console import counted, say
+from jaxhisto.data.features import PARTIAL, Features
 from jaxhisto.data.manifest import write_manifest
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream_config import ClusterConfig
-from jaxhisto.errors import ConfigError, RunError
+from jaxhisto.errors import ConfigError, JaxhistoError, RunError
 from jaxhisto.runlog import environment
 
 RECORD, CENTRES, ASSIGNMENTS, PICKED = (
     "clusters.json", "centres.npy", "assignments.h5", "picked.jsonl",
 )  # fmt: skip
 FORMAT = "jaxhisto-clusters-1"
+LOCK = "lock"
 CURVE = ("k", "inertia", "explained_variance")
 STEPS = 10  # values of k that are tried where none are given
 LARGEST = 10_000  # of them (paper)
@@ -52,9 +55,14 @@ def cluster(config: ClusterConfig) -> Clustered:
     Raises:
       StoreError, SlideError: features or pictures that cannot be read or are of other data.
       ConfigError: settings that contradict each other or the features.
-      RunError: nothing to cluster, or a folder that cannot be written.
+      RunError: nothing to cluster, or a folder that cannot be written; a picture that cannot be
+        read, when the clusters are there already.
     """
     out = Path(config.out)
+    if out.name in ("", ".."):
+        raise ConfigError(f"--out {out}: the folder is replaced as a whole; give one a name.")
+    if config.pick_from and not config.pick:
+        raise ConfigError("--pick-from: nothing is picked; pass --pick with how many tiles.")
     with Features(config.features) as features:
         ks = _ks(config, len(features))
         identity = _identity(config, features, ks)
@@ -62,25 +70,52 @@ def cluster(config: ClusterConfig) -> Clustered:
         pictures = Pictures(features, config.show)
         if config.pick:
             pictures.origins()  # refused before the work, not after it
-        for note in filter(None, [pictures.note()]):
-            say(note)
-        found, record = earlier or _clustered(config, features, ks, identity)
-        _refuse_absent(config, found)
-        record["pictures_missing"] = len(pictures.missing) if pictures.given else None
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        if pictures.note():
+            say(pictures.note())
         try:
-            temporary.mkdir(parents=True)
-            lines = _write(temporary, config, features, found, record, pictures)
-            _replace(temporary, out)
-        except OSError as error:
-            raise RunError(
-                f"{error.filename or out}: cannot be written ({error.strerror or error}); make "
-                "room or give --out another folder."
-            ) from error
+            with _workplace(out) as folder:
+                found, record = earlier or _clustered(config, features, ks, identity)
+                _refuse_absent(config, found)
+                lines, undrawn = _write(folder, config, features, found, record, pictures)
+                _replace(folder, out, config.force)
         finally:
             pictures.close()
-            shutil.rmtree(temporary, ignore_errors=True)
+    if undrawn is not None:
+        raise RunError(
+            f"{undrawn} The clusters are in {out}; the same line with --force draws them."
+        ) from undrawn
     return Clustered(out, lines, out / PICKED if config.pick else None)
+
+
+@contextlib.contextmanager
+def _workplace(out: Path) -> Iterator[Path]:
+    """A folder beside OUT, held for this process, to take OUT's place; empty but for its lock.
+
+    Raises:
+      RunError: it cannot be written, now or later, or another process is at work there.
+    """
+    folder = out.with_name(f".{out.name}{PARTIAL}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                for left in folder.iterdir():  # by a kill
+                    if left.name != LOCK:
+                        left.unlink()
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError as error:
+        raise RunError(
+            f"{out}: another `jaxhisto cluster` is at work there; wait for that one, or give "
+            "another --out."
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or out}: cannot be written ({error.strerror or error}); make room or "
+            "give --out another folder."
+        ) from error
 
 
 def tried(n: int) -> tuple[int, ...]:
@@ -113,6 +148,11 @@ def pick(
 
 
 def _ks(config: ClusterConfig, n: int) -> tuple[int, ...]:
+    if n < 2:
+        raise RunError(
+            f"{config.features}: has {counted(n, 'row')}, there is nothing to cluster; embed more "
+            "tiles."
+        )
     ks = tuple(sorted(set(config.k))) or tried(n)
     if ks[-1] > n:
         raise ConfigError(
@@ -221,19 +261,24 @@ def _refuse_absent(config: ClusterConfig, found: Clusters) -> None:
 def _write(
     folder: Path, config: ClusterConfig, features: Features, found: Clusters,
     record: dict[str, Any], pictures: Pictures,
-) -> list[str]:  # fmt: skip
-    """All files; returns what to say of them."""
+) -> tuple[list[str], JaxhistoError | None]:  # fmt: skip
+    """All files; returns what to say of them, and why there are no pictures where that failed."""
     k = record["k"]
     np.save(folder / CENTRES, found.centres)
     _write_assignments(folder / ASSIGNMENTS, features, found)
     empty = f", {record['empty']} empty" if record["empty"] else ""
     lines = [
-        f"{len(features):,} rows in {k:,} clusters ({_of_elbow(record)}), "
+        f"{len(features):,} rows in {counted(k, 'cluster')} ({_chosen(config, record)}), "
         f"{found.explained:.1%} of the variance explained, inertia {found.inertia:.6g}",
         f"sizes {found.sizes.min():,} to {found.sizes.max():,}, median "
         f"{int(np.median(found.sizes)):,}{empty}",
     ]
-    cluster_pictures.draw_all(folder, config, features, found, record, pictures)
+    undrawn = None
+    try:
+        cluster_pictures.draw_all(folder, config, features, found, record, pictures)
+    except JaxhistoError as error:  # of an image that cannot be read any more
+        undrawn = error
+    record["pictures_missing"] = len(pictures.missing) if pictures.given else None
     if config.pick:
         rows = pick(found.labels, found.distances, config.pick, config.pick_from)
         there = [row for row in rows if pictures.at[row] >= 0]
@@ -252,13 +297,17 @@ def _write(
     record["environment"] = environment([str(device) for device in jax.devices()])
     # Last: a folder with clusters.json is whole.
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-    return lines
+    return lines, undrawn
 
 
-def _of_elbow(record: dict[str, Any]) -> str:
+def _chosen(config: ClusterConfig, record: dict[str, Any]) -> str:
+    """Why so many clusters."""
+    values = len(record["curve"])
     if record["elbow"]:
-        return f"the elbow of {len(record['curve'])}"
-    return "as asked" if len(record["curve"]) == 1 else "the most, their curve has no elbow"
+        return f"the elbow of {values} values of k"
+    if values > 1:
+        return "the most, their curve has no elbow"
+    return "as asked" if config.k else "so few rows have no elbow"
 
 
 def _write_assignments(path: Path, features: Features, found: Clusters) -> None:
@@ -274,8 +323,18 @@ def _write_assignments(path: Path, features: Features, found: Clusters) -> None:
         file.create_dataset("spans", data=features.spans)
 
 
-def _replace(new: Path, out: Path) -> None:
-    """Puts the folder in its place; an earlier one goes only when the new one is there."""
+def _replace(new: Path, out: Path, force: bool) -> None:
+    """Puts the folder in its place; an earlier one goes only when the new one is there.
+
+    Raises:
+      RunError: another process has written one meanwhile.
+    """
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise RunError(
+            f"{out}: another process has written clusters there meanwhile; give another --out, or "
+            "--force to replace them."
+        )
+    (new / LOCK).unlink()
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     if out.exists():
         os.replace(out, old)

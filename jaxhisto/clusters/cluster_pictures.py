@@ -15,9 +15,11 @@ from jaxhisto.clusters import sheets, slide_maps
 from jaxhisto.clusters.kmeans import Clusters
 from jaxhisto.clusters.pictures import Picture, Pictures, short
 from jaxhisto.clusters.sheets import CELL, Box, Cell
-from jaxhisto.console import say
+from jaxhisto.console import say, warn
 from jaxhisto.data.features import Features
 from jaxhisto.downstream_config import ClusterConfig
+from jaxhisto.errors import SlideError
+from jaxhisto.slides.reader import Overview, Slide
 
 MOSAIC = 96  # side of a tile in a mosaic, px
 
@@ -111,8 +113,8 @@ def draw_maps(
 def base_of(name: str, rows: np.ndarray, features: Features, pictures: Pictures) -> slide_maps.Base:
     """The slide's overview, or a mosaic of its tiles where it is not there."""
     slide = pictures.slide(name)
-    if slide is not None:
-        seen = slide.overview(max(slide.width, slide.height) / slide_maps.LONGEST)
+    seen = _overview(slide) if slide is not None else None
+    if slide is not None and seen is not None:
         scale = max(seen.rgb.shape[:2]) / slide_maps.LONGEST
         rgb: np.ndarray = seen.rgb
         down = seen.downsample
@@ -125,6 +127,14 @@ def base_of(name: str, rows: np.ndarray, features: Features, pictures: Pictures)
     um = {round(p.um / s, 4) for p, s in zip(found, spans, strict=True) if p.um}
     mpp = um.pop() if len(um) == 1 else None
     return slide_maps.mosaic(features.coords[rows], spans, [p.rgb for p in found], mpp)
+
+
+def _overview(slide: Slide) -> Overview | None:
+    try:
+        return slide.overview(max(slide.width, slide.height) / slide_maps.LONGEST)
+    except SlideError as error:
+        warn(f"{error}; its tiles are painted without it")
+        return None
 
 
 def _shown(found: Clusters, config: ClusterConfig, random: np.random.Generator) -> list[int]:

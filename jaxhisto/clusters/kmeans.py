@@ -77,7 +77,7 @@ class Clusters:
       distances: (n,) float32, Euclidean, of each row from it.
       sizes: (k,) int64, rows of each.
       inertia: sum of the squared distances.
-      explained: 1 - inertia / total, the explained variance, at most 1.
+      explained: 1 - inertia / total, the explained variance, 0..1.
     """
 
     centres: Floats
@@ -143,7 +143,12 @@ def kmeans(rows: Rows, k: int, seed: int, known: Moments, mesh: Mesh) -> Cluster
     labels, squares, _, sizes = _assigned(centred, centres, stepper)
     inertia = float(squares.sum(dtype=np.float64))
     return Clusters(
-        centres + mean, labels, np.sqrt(squares), sizes, inertia, 1 - inertia / known.total
+        centres + mean,
+        labels,
+        np.sqrt(squares),
+        sizes,
+        inertia,
+        max(0.0, 1 - inertia / known.total),
     )
 
 

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig, TileConfig
+from jaxhisto.console import warn
 from jaxhisto.data.features import Features
 from jaxhisto.data.picked import Origins
 from jaxhisto.data.sources import Tiles, open_for
 from jaxhisto.downstream_config import PicturesConfig
-from jaxhisto.errors import ConfigError, StoreError
+from jaxhisto.errors import ConfigError, SlideError, StoreError
 from jaxhisto.slides.cutting import Job
 from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.reader import RegionError, Slide
@@ -44,8 +45,8 @@ class Pictures:
     Attributes:
       tiles: the opened mix, or none.
       at: (n,) int64, position of each row in it, -1 where it is not there.
-      missing: names of rows of which no picture can be had.
-      jobs: each slide that was given, by id.
+      missing: names of rows of which no picture can be had, as far as is known by now.
+      jobs: each slide that was given and can be opened, by id.
       given: whether any pictures were.
     """
 
@@ -75,16 +76,15 @@ class Pictures:
             )
             self.tiles = open_for(data, {"stores": "--show.tiles", "": "--show."})
             self._match(config.partial)
-        there = (self.at >= 0) | np.array([slide in self.jobs for slide in features.slides], bool)
         self.given = bool(config.tiles or config.slides)
-        self.missing = [features.names[i] for i in np.flatnonzero(~there)]
+        self.missing = self._missing()
         self._origins = Origins(self.tiles) if self.tiles else None
         self._open: tuple[str, Slide] | None = None
 
     def note(self) -> str:
         """Of how many rows there is no picture, in words; empty where all are there."""
         if not self.given:
-            return "no pictures were given"
+            return "no pictures were given (--show.tiles, --show.slides)"
         if not self.missing:
             return ""
         more = f" and {len(self.missing) - NAMED:,} more" if len(self.missing) > NAMED else ""
@@ -114,7 +114,7 @@ class Pictures:
         return Picture(rgb, scale.mpp * side)
 
     def slide(self, name: str) -> Slide | None:
-        """An open slide, until the next one is asked for; none where it was not given."""
+        """An open slide, until the next one is asked for; none where there is none to open."""
         return self._slide(name)
 
     def origins(self) -> Origins:
@@ -139,8 +139,18 @@ class Pictures:
         if self._open is None or self._open[0] != name:
             self.close()
             job = self.jobs[name]
-            self._open = name, Slide(job.path, job.given)
+            try:
+                self._open = name, Slide(job.path, job.given)
+            except SlideError as error:  # one of many; hours of clustering are not given up for it
+                warn(f"{error}; its tiles are drawn as missing")
+                del self.jobs[name]
+                self.missing = self._missing()
+                return None
         return self._open[1]
+
+    def _missing(self) -> list[str]:
+        slides = np.array([slide in self.jobs for slide in self._features.slides], bool)
+        return [self._features.names[i] for i in np.flatnonzero((self.at < 0) & ~slides)]
 
     def _match(self, partial: bool) -> None:
         tiles, features = self.tiles, self._features
@@ -197,9 +207,10 @@ def rows_named(features: Features, wanted: Sequence[str]) -> list[int]:
         ends = [i for i, name in enumerate(features.names) if name.rpartition("/")[2] == text]
         if len(ends) != 1:
             fact = f"{len(ends)} rows" if ends else "no row"
+            have = "have" if ends else "has"
             near = difflib.get_close_matches(text, features.names[:20000], 1) or features.names[:1]
             raise ConfigError(
-                f"--query {text}: {fact} of {features.path} has that name; names are like "
+                f"--query {text}: {fact} of {features.path} {have} that name; names are like "
                 f"{near[0]}."
             )
         found += ends

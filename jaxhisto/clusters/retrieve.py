@@ -63,11 +63,16 @@ def retrieve(config: RetrieveConfig) -> Path:
 
     Raises:
       StoreError, SlideError: features or pictures that cannot be read or are of other data.
-      ConfigError: a name that is not there.
+      ConfigError: a name that is not there, or files of that name that are.
       RunError: they cannot be written.
     """
     out = _png(config.out, config.force)
     table = out.with_suffix(".csv")
+    if table.exists() and not config.force:
+        raise ConfigError(
+            f"--out {out}: its names and cosines would replace {table}; give another name, or "
+            "--force."
+        )
     with Features(config.features) as features:
         queries = rows_named(features, config.query)
         pictures = Pictures(features, config.show)
@@ -94,7 +99,11 @@ def retrieve(config: RetrieveConfig) -> Path:
     about = f"of {len(left_out[0]):,} tiles of {short(config.features)}, by cosine{apart}"
     missing = [pictures.note()] if pictures.note() else []
     _save(boxes, out, f"The {config.count} nearest tiles", [about, *missing], across=1)
-    write_atomically(table, lines.getvalue())
+    try:
+        write_atomically(table, lines.getvalue())
+    except OSError as error:
+        out.unlink(missing_ok=True)  # with it the same line would be refused
+        raise _unwritable(table, error) from error
     return out
 
 
@@ -159,11 +168,15 @@ def _save(boxes: list[Box], out: Path, title: str, lines: list[str], across: int
         sheets.sheet(boxes, temporary, title, lines, across)
         os.replace(temporary, out)
     except OSError as error:
-        raise RunError(
-            f"{out}: cannot be written ({error.strerror or error}); make room or give another name."
-        ) from error
+        raise _unwritable(out, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or give another name."
+    )
 
 
 def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:

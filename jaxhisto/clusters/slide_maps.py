@@ -16,6 +16,7 @@ from jaxhisto.clusters.sheets import INK, MARGIN, PAPER, QUIET, Colour, draw_bar
 Pixels = NDArray[np.uint8]
 LONGEST = 900  # side of a panel, px
 LEGEND = 14  # clusters that a legend names
+FRAME = 2  # px around what is highlighted
 VIVID: Colour = (0, 160, 255)
 FEW: tuple[Colour, ...] = (
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
@@ -161,7 +162,10 @@ def highlighted(
     base: Base, coords: NDArray[np.int64], spans: NDArray[np.float64],
     labels: NDArray[np.int32], chosen: Sequence[int],
 ) -> Pixels:  # fmt: skip
-    """The base pale and grey, the chosen clusters' tiles in their own colours and framed."""
+    """The base pale and grey, the chosen clusters' tiles in their own colours, a frame around.
+
+    The frame lies outside of them: on a large slide a tile is as small as its line is wide.
+    """
     grey = cv2.cvtColor(base.rgb, cv2.COLOR_RGB2GRAY)
     out = np.repeat((110 + 0.57 * grey).astype(np.uint8)[..., None], 3, 2)
     boxes = [
@@ -169,11 +173,12 @@ def highlighted(
         for box, label in zip(_boxes(base, coords, spans), labels, strict=True)
         if label in chosen
     ]
+    there = np.zeros(base.rgb.shape[:2], np.uint8)
     for x0, y0, x1, y1 in boxes:
-        out[y0:y1, x0:x1] = base.rgb[y0:y1, x0:x1]
-    for x0, y0, x1, y1 in boxes:
-        cv2.rectangle(out, (x0, y0), (max(x0, x1 - 1), max(y0, y1 - 1)), VIVID, 2)
-    return out
+        there[y0:y1, x0:x1] = 1
+    near = cv2.dilate(there, np.ones((2 * FRAME + 1, 2 * FRAME + 1), np.uint8))
+    out[near > there] = VIVID
+    return np.where(there[..., None] > 0, base.rgb, out)
 
 
 def _boxes(

@@ -142,7 +142,7 @@ class Labelled:
         Raises:
           StoreError: some cannot be read; says how many and names the first.
         """
-        return load_squares(self, range(len(self)), side, threads)
+        return load_squares(NamedImages(self.folder, self.names), range(len(self)), side, threads)
 
     def digests(self, threads: int = 0) -> list[bytes]:
         """The sha256 of each image's file.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,9 @@ class Images(Protocol):
     def read(self, i: int) -> NDArray[np.uint8]:
         """Image i, (h, w, 3) uint8 RGB; StoreError where it cannot be had."""
 
+    def files(self) -> Mapping[str, Path]:
+        """All that pixels are read from, by a name that stays when the folder is moved."""
+
 
 @dataclass(frozen=True)
 class NamedImages:
@@ -51,6 +54,10 @@ class NamedImages:
             return decode_image(read_bytes(path))
         except ImageError as error:
             raise StoreError(f"{path}: {error}.") from error
+
+    def files(self) -> dict[str, Path]:
+        """A file an image, by its name."""
+        return {name: self.folder / name for name in self.names}
 
 
 def read_bytes(path: Path) -> bytes:

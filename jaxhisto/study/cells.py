@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A task that was opened: `data_hash` is of the images, `hash` of these and the targets."""
+    """A task that was opened: `data_hash` is of its images, `hash` of all that is learnt from."""
 
     name: str
     config: TaskConfig
@@ -240,13 +240,17 @@ def write_cell(cell: Cell, outcome: Outcome) -> None:
         "test": _numbers(outcome.test),
     }
     held = io.BytesIO()
-    np.savez_compressed(held, predictions=outcome.predictions)
+    names = np.array([cell.ready.task.names[i] for i in cell.ready.split.test])
+    np.savez_compressed(held, predictions=outcome.predictions, names=names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / cell.stem
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(held.getvalue())
-        os.replace(temporary, f"{path}.npz")
+        try:
+            temporary.write_bytes(held.getvalue())
+            os.replace(temporary, f"{path}.npz")
+        finally:
+            temporary.unlink(missing_ok=True)  # of a full disk
         write_atomically(f"{path}.json", json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise StoreError(
@@ -269,19 +273,16 @@ def read_cell(cell: Cell) -> Outcome | None:
         return None  # absent, or cut short by a full disk
 
 
+def clear_halves(out: Path) -> None:
+    """Removes what a kill left of cells that were being written; OUT is this process's own."""
+    for path in (out / CELLS).glob(".*"):
+        path.unlink(missing_ok=True)
+
+
 def is_there(cell: Cell) -> bool:
     """Whether a cell is finished; `read_cell` says whether it is sound."""
     path = cell.out / CELLS / cell.stem
     return Path(f"{path}.json").is_file() and Path(f"{path}.npz").is_file()
-
-
-def target_hash(task: Task, images: str) -> str:
-    """Of images (by their hash), classes, targets and groups."""
-    digest = hashlib.sha256(f"{images} {task.kind} {json.dumps(task.classes)}".encode())
-    if task.kind != "segmentation":
-        digest.update(np.ascontiguousarray(task.values).tobytes())
-    digest.update(json.dumps(task.groups).encode())
-    return digest.hexdigest()
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:

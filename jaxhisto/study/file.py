@@ -1,7 +1,7 @@
 """A study as a TOML file: encoders, tasks, shares of the labels, repeats, settings.
 
 Every name and number is checked when the file is read; what it names on the disk is looked at by
-`study_plan`, before the first cell is computed.
+`plan`, before the first cell is computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxhisto.config import within
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError
 from jaxhisto.settings import check, known
-from jaxhisto.study.paper_tables import TABLES
+from jaxhisto.study.paper_tables import FROZEN_TABLE, TABLES
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.splits import PERCENTS
 from jaxhisto.training_config import FinetuneConfig, SegmentConfig
@@ -124,7 +124,8 @@ def find_study(name: str) -> Path:
       ConfigError: neither is there.
     """
     path = Path(name)
-    if not path.exists() and path.parent == Path():
+    # A folder may bear the study's name: `--out study_paper`.
+    if not path.is_file() and path.parent == Path():
         path = shipped_studies().get(path.stem, path)
     if not path.is_file():
         raise ConfigError(
@@ -223,9 +224,17 @@ def rooted_task(task: TaskConfig, root: str) -> TaskConfig:
 
 
 def rooted_encoder(name: str, root: str) -> str:
-    """The encoder's file below the root where there is one, else the name as it is (the zoo's)."""
+    """The encoder's file below the root where there is one, else the name as it is (the zoo's).
+
+    Raises:
+      ConfigError: there is none, and the name is a path.
+    """
     path = Path(rooted(name, root))
-    return str(path) if path.exists() else name
+    if path.exists():
+        return str(path)
+    if Path(name).suffix or Path(name).parent != Path():
+        raise ConfigError(f"{path}: does not exist; mend the name, or --root.")
+    return name
 
 
 def _row(name: str, value: Any, where: str) -> Row:
@@ -312,9 +321,11 @@ def _refuse_empty(study: Study, where: str) -> None:
     for what in ("encoders", "tasks", "percents", "settings"):
         if not getattr(study, what):
             raise ConfigError(f"{where}: names no {what}; a study needs at least one.")
-    if study.paper and study.paper not in TABLES:
+    trained = [table for table in TABLES if table != FROZEN_TABLE]
+    if study.paper and study.paper not in trained:
         raise ConfigError(
-            f"{where}: paper {study.paper!r}: is no table; there is {', '.join(TABLES)}."
+            f"{where}: paper {study.paper!r}: is no table of trained encoders; there is "
+            f"{', '.join(trained)}, and {FROZEN_TABLE} stands beside last_layer by itself."
         )
 
 

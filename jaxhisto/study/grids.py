@@ -10,7 +10,7 @@ from html import escape
 
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-         "±": r"$\pm$"}  # fmt: skip
+         "<": "$<$", ">": "$>$", "|": r"\textbar{}", "±": r"$\pm$"}  # fmt: skip
 
 
 NONE = "-"  # where there is no number
@@ -50,7 +50,9 @@ class Grid:
     def latex(self) -> str:
         """A `table` with booktabs' rules."""
         columns = "l" * self.labels + "r" * (len(self.header) - self.labels)
-        lines = [" & ".join(map(_tex, row)) + r" \\" for row in (self.header, *self.rows)]
+        # The braces: \\ takes a [ or * that begins the next line for its own.
+        lines = ["{}" * (row[0][:1] in ("[", "*")) + " & ".join(map(_tex, row)) + r" \\"
+                 for row in (self.header, *self.rows)]  # fmt: skip
         return "\n".join(
             [
                 r"% needs \usepackage{booktabs}",

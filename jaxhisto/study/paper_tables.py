@@ -8,6 +8,8 @@ from pathlib import Path
 
 TABLES = ("D.7", "D.8", "D.9", "D.10", "D.11", "C.6", "E.12", "5")
 """Those with a column a set; of some the paper prints the averages again, see `SHORT`."""
+FROZEN_TABLE = "D.8"
+"""Of these, that of frozen encoders; in the others all layers are trained."""
 SHORT = {"D.7": "1", "D.8": "2", "D.10": "3", "D.9": "4"}
 AVERAGES = {
     "classification": "Average",

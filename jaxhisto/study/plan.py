@@ -5,28 +5,29 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto import __version__
-from jaxhisto.console import say
-from jaxhisto.data.features import Features, FeatureWriter
-from jaxhisto.data.named_images import NamedImages, centre_square, read_bytes
+from jaxhisto.console import say, warn
+from jaxhisto.data.features import Features, FeatureWriter, need_h5py
+from jaxhisto.data.named_images import centre_square
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import Encoder, open_encoder
 from jaxhisto.downstream.inputs import in_threads
 from jaxhisto.downstream.progress import Progress
 from jaxhisto.errors import ConfigError, ExportError, JaxhistoError, StoreError
-from jaxhisto.runlog import write_atomically
-from jaxhisto.study.cells import Entry, Ready, applies, target_hash
+from jaxhisto.study.cells import Entry, Ready, applies
 from jaxhisto.study.file import Study, rooted_encoder, rooted_task
+from jaxhisto.study.hashes import task_hashes
 from jaxhisto.tasks.splits import task_split, write_split
-from jaxhisto.tasks.task import Task, open_task
+from jaxhisto.tasks.task import open_task
 
 FEATURES, SPLITS, HASHES = "features", "splits", "hashes"
 LAYER, PRECISION = 4, "f32"
@@ -43,15 +44,15 @@ def open_entries(study: Study, root: str) -> list[Entry]:
     for name, row in study.encoders.items():
         hashes: dict[str, str] = {}
         for index, file in enumerate(row.files):
-            file = rooted_encoder(file, root)
             try:
+                file = rooted_encoder(file, root)
                 encoder = open_encoder(file, row.mean, row.std)
             except JaxhistoError as error:
-                raise type(error)(f"encoders.{name}: {error}") from error
+                raise type(error)(f"encoders.{name}: {as_keys(str(error))}") from error
             except Exception as error:
                 if not type(error).__module__.startswith("jaxhisto_export"):
                     raise
-                raise ExportError(f"encoders.{name}: {error}") from error
+                raise ExportError(f"encoders.{name}: {as_keys(str(error))}") from error
             if encoder.sha256 in hashes:
                 raise ConfigError(
                     f"encoders.{name}: {file} holds the same weights as {hashes[encoder.sha256]}; "
@@ -80,7 +81,7 @@ def open_tasks(study: Study, root: str, out: Path, threads: int) -> list[Ready]:
             task = open_task(config)
             split = task_split(task, config)
         except JaxhistoError as error:
-            raise type(error)(f"tasks.{name}: {error}") from error
+            raise type(error)(f"tasks.{name}: {as_keys(str(error))}") from error
         if not any(applies(setting, task.kind, "resnet18") for setting in study.settings):
             wanted = "segment" if task.kind == "segmentation" else "last_layer or finetune"
             raise ConfigError(
@@ -88,8 +89,8 @@ def open_tasks(study: Study, root: str, out: Path, threads: int) -> list[Ready]:
                 f"{', '.join(study.settings)} is one; add {wanted} to settings."
             )
         say("\n".join([f"[{name}] {task.summary()[0]}", *task.summary()[1:], split.summary()]))
-        images = image_hash(task, out / HASHES / f"{name}.json", threads)
-        tasks.append(Ready(name, config, task, split, images, target_hash(task, images)))
+        hashes = task_hashes(task, config, out / HASHES / name, threads)
+        tasks.append(Ready(name, config, task, split, *hashes))
         try:
             write_split(out / SPLITS / f"{name}.json", split, task,
                         validation_by_image=config.validation_by_image)  # fmt: skip
@@ -100,42 +101,15 @@ def open_tasks(study: Study, root: str, out: Path, threads: int) -> list[Ready]:
     return tasks
 
 
-def image_hash(task: Task, memory: Path, threads: int = 0) -> str:
-    """Of the names and contents of a task's images: a changed image is another task.
-
-    Files of the size and date that `memory` has are not read again. Images that are no files of
-    their own (windows of larger ones) count by their names.
-    """
-    if not isinstance(task.images, NamedImages):
-        return hashlib.sha256(json.dumps(["names", *task.names]).encode()).hexdigest()
-    folder = task.images.folder
-    try:
-        seen = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        seen = {}
-
-    def one(name: str) -> list[object]:
-        try:
-            stat = (folder / name).stat()
-        except OSError as error:
-            raise StoreError(f"{folder / name}: cannot be read ({error.strerror}).") from error
-        there = seen.get(name)
-        if there and there[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return list(there)
-        digest = hashlib.sha256(read_bytes(folder / name)).hexdigest()
-        return [stat.st_size, stat.st_mtime_ns, digest]
-
-    with ThreadPoolExecutor(threads or None) as pool:
-        found = dict(zip(task.names, pool.map(one, task.names), strict=True))
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(found) + "\n")
-    except OSError as error:
-        raise StoreError(
-            f"{memory}: cannot be written ({error.strerror}); choose another --out."
-        ) from error
-    content = [[name, facts[2]] for name, facts in found.items()]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def as_keys(sentence: str) -> str:
+    """A verb's sentence with its flags as a study's file has them: `--mean 1 2 3` as a key."""
+    sentence = re.sub(
+        r"--(mean|std)((?: \d+(?:\.\d+)?){3})",
+        lambda m: f"{m[1]} = [{', '.join(m[2].split())}]",
+        sentence,
+    )
+    sentence = re.sub(r"--(mean|std)\b", r"\1", sentence)
+    return re.sub(r"--task\.([a-z-]+)", lambda m: m[1].replace("-", "_"), sentence)
 
 
 class FeatureCache:
@@ -157,8 +131,7 @@ class FeatureCache:
         Raises:
           StoreError: an image cannot be read, features are not finite, no room to write.
         """
-        side = ready.config.side
-        path = self._folder / f"{entry.sha256[:16]}-{ready.data_hash[:16]}-{side}.h5"
+        path = self._path(entry, ready)
         if path in self._failed:
             raise self._failed[path]
         if self._held is None or self._held[0] != path:
@@ -171,21 +144,16 @@ class FeatureCache:
         return self._held[1]
 
     def _computed(self, path: Path, entry: Entry, ready: Ready) -> NDArray[np.float32]:
-        task, side = ready.task, ready.config.side
-        identity = {
-            "encoder_sha256": entry.sha256,
-            "data_hash": ready.data_hash,
-            "side": side,
-            "layer": LAYER,
-            "precision": PRECISION,
-            "batch": self._batch,
-        }
+        task, side, identity = ready.task, ready.config.side, self._identity(entry, ready)
+        need_h5py(path)
         if path.exists():
-            with Features(path) as found:
-                same = all(found.attributes.get(k) == v for k, v in identity.items())
-                if same and found.names == task.names:
-                    return found.all()
-            path.unlink()  # of another batch, or of a hash that begins alike
+            try:
+                with Features(path) as found:
+                    if found.names == task.names:
+                        return found.all()
+            except StoreError:
+                warn(f"{path}: is no whole file of features; they are computed again")
+            path.unlink(missing_ok=True)
         encoder = open_encoder(entry.name, entry.mean, entry.std)
         if encoder.sha256 != entry.sha256:
             raise StoreError(
@@ -200,6 +168,24 @@ class FeatureCache:
             writer.finish(task.names, [""] * n, np.full(n, float(side)), {**identity, **facts})
         with Features(path) as found:
             return found.all()
+
+    def _identity(self, entry: Entry, ready: Ready) -> dict[str, Any]:
+        """All that the numbers depend on, as JSON values."""
+        return {
+            "encoder_sha256": entry.sha256,
+            "feeding": json.dumps([entry.mean, entry.std]),
+            "data_hash": ready.data_hash,
+            "side": ready.config.side,
+            "layer": LAYER,
+            "precision": PRECISION,
+            "batch": self._batch,
+        }
+
+    def _path(self, entry: Entry, ready: Ready) -> Path:
+        """Of other numbers another file: what an earlier file of the study asked for stays."""
+        identity = json.dumps(self._identity(entry, ready), sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        return self._folder / f"{entry.sha256[:12]}-{ready.data_hash[:12]}-{digest[:12]}.h5"
 
     def _fill(self, writer: FeatureWriter, encoder: Encoder, entry: Entry, ready: Ready) -> None:
         task, side, start = ready.task, ready.config.side, writer.done

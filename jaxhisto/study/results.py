@@ -51,10 +51,6 @@ MEASURES: Mapping[str, Mapping[str, Measure]] = {
     "ranks": {"classification": AUC, "regression": PEARSON},
 }
 """By kind of task: the paper's, and those that ask for the order of the images alone."""
-TITLES = {
-    "paper": "macro F1, mean absolute error",
-    "ranks": "AUC, correlation",
-}
 PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "fine-tuned": ("all layers trained", ("finetune", "segment")),
     "last-layer": ("frozen encoder, last layer trained", ("last_layer",)),

@@ -8,12 +8,13 @@ import fcntl
 import fnmatch
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxhisto import __version__
-from jaxhisto.console import say, warn
+from jaxhisto.console import counted, say, warn
 from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import ConfigError, JaxhistoError, RunError, StoreError
@@ -25,6 +26,7 @@ from jaxhisto.study.cells import (
     Outcome,
     Ready,
     cells_of,
+    clear_halves,
     is_there,
     read_cell,
     write_cell,
@@ -32,11 +34,13 @@ from jaxhisto.study.cells import (
 from jaxhisto.study.file import Study, find_study, read_study
 from jaxhisto.study.plan import FeatureCache, open_entries, open_tasks
 from jaxhisto.study.report import figure_name, label_curves, markdown, page, shown
-from jaxhisto.study.results import collect, parts_of
+from jaxhisto.study.results import MEASURES, PARTS, collect, parts_of
 from jaxhisto.study.settings import SETTINGS
 from jaxhisto.study.tables import tables_of
 
 FAILURES, LOCK = "failures.json", ".lock"
+OURS = re.compile(rf"[a-z]+-({'|'.join(PARTS)})-({'|'.join(MEASURES)})\.(csv|md|tex|png)")
+"""Names of tables and figures of a part."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,14 @@ def run_study(config: StudyConfig) -> Studied:
     study = read_study(path)
     _refuse_no_plots()
     with _locked(out):
+        clear_halves(out)
         entries = open_entries(study, config.root)
         tasks = open_tasks(study, config.root, out, config.threads)
         features = FeatureCache(out, study.probe.embed_batch, config.devices, config.threads)
         every = list(cells_of(study, entries, tasks, features, out, config.devices, config.threads))
         cells = _chosen(every, config.only)
         earlier = sum(is_there(cell) for cell in cells)
-        say(f"{len(cells):,} cells, {earlier:,} of them finished by an earlier start")
+        say(f"{counted(len(cells), 'cell')}, {earlier:,} of them finished by an earlier start")
         if config.plan:
             return Studied(out, len(cells), earlier, ())
         _write(out / "study.json", _facts(path, study, entries, tasks))
@@ -120,15 +125,23 @@ def write_report(
     found = collect(study, entries, tasks, cells)
     parts = parts_of(found)
     grids = tables_of(found, parts)
-    for part in parts:
-        label_curves(part, out / figure_name(part))
-    for _, of in grids:
-        for grid in of:
-            stem = out / "tables" / grid.name
-            _write(stem.with_name(f"{grid.name}.csv"), grid.csv())
-            if shown(grid):
-                _write(stem.with_name(f"{grid.name}.md"), grid.markdown() + "\n")
-                _write(stem.with_name(f"{grid.name}.tex"), grid.latex())
+    written = {out / figure_name(part) for part in parts}
+    try:
+        for part in parts:
+            label_curves(part, out / figure_name(part))
+    except OSError as error:
+        raise _unwritable(out / "figures", error) from error
+    for grid in (grid for _, of in grids for grid in of):
+        texts = {".csv": grid.csv()}
+        if shown(grid):
+            texts |= {".md": grid.markdown() + "\n", ".tex": grid.latex()}
+        for suffix, text in texts.items():
+            _write(out / "tables" / f"{grid.name}{suffix}", text)
+            written.add(out / "tables" / f"{grid.name}{suffix}")
+    for path in set(out.glob("tables/*")) | set(out.glob("figures/*")):
+        # What an earlier form of the study had, and this one has no more.
+        if path not in written and OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
     _write(out / "report.md", markdown(found, grids))
     _write(out / "report.html", page(found, grids, out, failures))
 
@@ -187,7 +200,7 @@ def _locked(out: Path) -> Iterator[None]:
         lock = (out / LOCK).open("w")
     except OSError as error:
         raise StoreError(
-            f"{out}: cannot be written ({error.strerror}); give another --out."
+            f"{out}: is no folder that can be written ({error.strerror}); give another --out."
         ) from error
     with lock:
         try:
@@ -212,7 +225,11 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
     except OSError as error:
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another "
-            "--out; finished cells are kept."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path}: cannot be written ({error.strerror}); free some space or choose another --out; "
+        "finished cells are kept."
+    )

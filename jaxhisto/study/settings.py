@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxhisto.downstream import segment as segmenting
 from jaxhisto.downstream.finetune import run_finetune
 from jaxhisto.downstream.probe import settings_of
 from jaxhisto.downstream.probing import Divided, probe
+from jaxhisto.errors import StoreError
 from jaxhisto.study.cells import Cell, Outcome
 
 
@@ -44,6 +46,7 @@ def finetune(cell: Cell) -> Outcome:
     """All layers trained, as `jaxhisto finetune` does it."""
     with contextlib.redirect_stdout(io.StringIO()):  # a table a cell
         record = run_finetune(supervised(cell))
+    _refuse_changed(cell, record["encoder"]["sha256"])
     return _outcome(record, _predictions(cell))
 
 
@@ -53,6 +56,7 @@ def segment(cell: Cell) -> Outcome:
     with contextlib.redirect_stdout(io.StringIO()):
         windows = segmenting.windows_of(config.crop_px, config.overlap_px, config.margin_px)
         ready = segmenting.prepare(config)
+        _refuse_changed(cell, ready.encoder.sha256)
         out = segmenting.open_run(config.out, config, ready.facts())
         fitted, *trees = segmenting.train(config, ready, out)
         matrices = segmenting.judge(config, ready, windows, out, *trees)
@@ -80,6 +84,15 @@ def supervised(cell: Cell) -> Any:
     }
     fields = {f.name for f in dataclasses.fields(config)}
     return dataclasses.replace(config, **{k: v for k, v in own.items() if k in fields})
+
+
+def _refuse_changed(cell: Cell, sha256: str) -> None:
+    """Of an encoder's file that was written over: the cell's name says which weights it is of."""
+    if sha256 != cell.entry.sha256:
+        shutil.rmtree(cell.run, ignore_errors=True)
+        raise StoreError(
+            f"{cell.entry.name}: has changed since the study was started; start it again."
+        )
 
 
 def _predictions(cell: Cell) -> NDArray[np.float64]:

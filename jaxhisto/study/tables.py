@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +11,13 @@ import numpy as np
 from jaxhisto.study.cells import Ready
 from jaxhisto.study.file import Study
 from jaxhisto.study.grids import NONE, Grid, decimals_of, number
-from jaxhisto.study.paper_tables import SETS, average
+from jaxhisto.study.paper_tables import FROZEN_TABLE, SETS, average
 from jaxhisto.study.paper_tables import number as printed
 from jaxhisto.study.results import MEASURES, PARTS, Found, Measure, Part
 from jaxhisto.study.stats import interval
 
 KINDS = ("classification", "regression", "segmentation")
+MARK = "*"  # of a mean of which cells are missing
 SHOWN = 40  # comparisons in the report; all are in the CSV file
 
 
@@ -48,14 +50,16 @@ def summary(study: Study, part: Part) -> Grid:
             if of is None:
                 cells.append(NONE)
             else:
-                cells.append(_bracketed(float(of[0]), *interval(of[1:]), decimals))
+                of_kind = {(t.name, row, percent) for t in part.tasks if t.task.kind == kind}
+                mark = MARK * bool(of_kind & part.incomplete)
+                cells.append(_bracketed(float(of[0]), *interval(of[1:]), decimals, mark))
         rows.append((row, *cells))
         theirs = [_paper_average(study, part, row, kind) for kind in kinds]
         rows += _beside(part, kinds, ours, theirs, percent)
     header = tuple(f"{k.capitalize()} ({_kind_measure(part, k).title})" for k in kinds)
     note = (
         f"{percent:g} % of the labels. Means over the tasks of a kind, with 95 % intervals over "
-        f"test images, repeats and pretraining seeds.{_note(part)}"
+        f"test images, repeats and pretraining seeds.{_note(rows)}"
     )
     title = f"{_title(part)}: averages"
     return Grid(
@@ -78,9 +82,8 @@ def detail(study: Study, part: Part) -> Grid:
                 cells.append(NONE)
                 continue
             sd = "" if math.isnan(of.sd) else f" ± {number(of.sd, decimals)}"
-            mark = "*" if (ready.name, row, percent) in part.incomplete else ""
             cells.append(
-                f"{number(of.mean, decimals)}{mark}{sd} "
+                f"{number(of.mean, decimals)}{_mark(part, ready, row, percent)}{sd} "
                 f"[{number(of.low, decimals)}, {number(of.high, decimals)}]"
             )
         rows.append((row, *cells))
@@ -90,7 +93,7 @@ def detail(study: Study, part: Part) -> Grid:
     header = tuple(f"{t.name} ({part.measure(t).title})" for t in part.tasks)
     note = (
         f"{percent:g} % of the labels. Mean ± standard deviation over repeats and pretraining "
-        f"seeds [95 % interval over test images, repeats and seeds].{_note(part)}"
+        f"seeds [95 % interval over test images, repeats and seeds].{_note(rows)}"
     )
     name = f"detail-{part.name}-{part.measures}"
     return Grid(name, f"{_title(part)}: each task", ("Encoder", *header), tuple(rows), note)
@@ -110,11 +113,12 @@ def fractions(part: Part) -> Grid:
                     cells.append(NONE)
                     continue
                 sd = "" if math.isnan(of.sd) else f" ± {number(of.sd, decimals)}"
-                cells.append(f"{number(of.mean, decimals)}{sd}")
+                mark = _mark(part, ready, row, percent)
+                cells.append(f"{number(of.mean, decimals)}{mark}{sd}")
             rows.append((f"{ready.name} ({part.measure(ready).title})", row, *cells))
     header = ("Task", "Encoder", *(f"{p:g} %" for p in percents))
     title = f"{_title(part)}: by share of the labels"
-    note = "Mean ± standard deviation over repeats and pretraining seeds."
+    note = f"Mean ± standard deviation over repeats and pretraining seeds.{_note(rows)}"
     return Grid(f"labels-{part.name}-{part.measures}", title, header, tuple(rows), note, labels=2)
 
 
@@ -212,22 +216,29 @@ def decimals(part: Part, ready: Ready) -> int:
     return max(_decimals(part, ready, p) for p in part.percents)
 
 
-def _probability(p: float) -> str:
-    return "< 0.0001" if p < 0.0001 else number(p, 4)
-
-
-def _title(part: Part) -> str:
-    return f"{PARTS[part.name][0].capitalize()} ({_measures(part)})"
-
-
-def _measures(part: Part) -> str:
+def measures_of(part: Part) -> str:
+    """`macro F1 and mean absolute error`: what its tasks are judged by."""
     kinds = {t.task.kind for t in part.tasks}
     of = MEASURES[part.measures]
     return " and ".join(dict.fromkeys(of[k].title for k in KINDS if k in kinds))
 
 
-def _note(part: Part) -> str:
-    return " *: cells are missing." if part.incomplete else ""
+def _probability(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else number(p, 4)
+
+
+def _title(part: Part) -> str:
+    return f"{PARTS[part.name][0].capitalize()} ({measures_of(part)})"
+
+
+def _mark(part: Part, ready: Ready, row: str, percent: float) -> str:
+    return MARK if (ready.name, row, percent) in part.incomplete else ""
+
+
+def _note(rows: Sequence[Sequence[str]]) -> str:
+    """What the mark means, where a row bears one."""
+    marked = any(re.match(rf"-?[\d.]+{re.escape(MARK)}", cell) for row in rows for cell in row)
+    return f" {MARK}: of the cells that are there; some are missing." if marked else ""
 
 
 def _kind_measure(part: Part, kind: str) -> Measure:
@@ -254,17 +265,18 @@ def _kind_decimals(part: Part, kind: str, percent: float) -> int:
     return max(_decimals(part, t, percent) for t in part.tasks if t.task.kind == kind)
 
 
-def _bracketed(value: float, low: float, high: float, decimals: int) -> str:
-    return f"{number(value, decimals)} [{number(low, decimals)}, {number(high, decimals)}]"
+def _bracketed(value: float, low: float, high: float, decimals: int, mark: str) -> str:
+    return f"{number(value, decimals)}{mark} [{number(low, decimals)}, {number(high, decimals)}]"
 
 
 def _table(study: Study, part: Part) -> str:
-    """The paper's table that a part stands beside; none of a part that it does not have."""
+    """The paper's table that a part stands beside; none of a part that it does not have.
+
+    All but D.8 are of networks whose layers were all trained.
+    """
     if part.measures != "paper":
         return ""
-    return {"fine-tuned": study.paper or "D.7", "last-layer": study.paper or "D.8"}.get(
-        part.name, ""
-    )
+    return {"fine-tuned": study.paper or "D.7", "last-layer": FROZEN_TABLE}.get(part.name, "")
 
 
 def _paper_number(study: Study, part: Part, row: str, ready: Ready) -> float | None:

@@ -52,16 +52,16 @@ def bach_segmentation(config: TaskConfig) -> Task:
     """Windows of the slides with their masks; the group is the slide."""
     folder, slides = _slides(config.data)
     side = config.window or WINDOW
-    outlines = {name: read_outlines(folder / Path(name).with_suffix(".xml")) for name in slides}
+    outlines = {name: read_outlines(outline_file(folder, name)) for name in slides}
     images = SlideWindows(folder, slides)
     windows, lost = grid(slides, images.sizes, side)
-    masks = OutlineMasks(outlines, windows, side)
+    masks = OutlineMasks(folder, outlines, windows, side)
     notes = [*count_note(len(slides), 10), f"{lost:.1%} of the pixels, at edges, in no window"]
     if config.windows == "annotated":
         kept = [i for i in range(len(windows)) if masks.read(i).any()]
         notes.append(f"{len(windows) - len(kept):,} windows without annotation left out")
         windows = tuple(windows[i] for i in kept)
-        masks = OutlineMasks(outlines, windows, side)
+        masks = OutlineMasks(folder, outlines, windows, side)
     if not any(outlines.values()):
         raise StoreError(f"{folder}: no outline in any of the XML files; unpack them again.")
     images = SlideWindows(folder, slides, windows, side, images.sizes)
@@ -200,6 +200,10 @@ class SlideWindows:
             )
         return np.ascontiguousarray(pixels[..., :3])
 
+    def files(self) -> dict[str, Path]:
+        """The slides, by their names."""
+        return {window.source: self._folder / window.source for window in self._windows}
+
     def _slide(self, name: str) -> Any:
         import openslide
 
@@ -218,8 +222,13 @@ class OutlineMasks:
     """The masks of windows, filled from the polygons when they are read."""
 
     def __init__(
-        self, outlines: dict[str, list[Outline]], windows: tuple[Window, ...], side: int
+        self,
+        folder: Path,
+        outlines: dict[str, list[Outline]],
+        windows: tuple[Window, ...],
+        side: int,
     ) -> None:
+        self._folder = folder
         self._outlines, self._windows, self._side = outlines, windows, side
 
     def read(self, i: int) -> NDArray[np.uint8]:
@@ -231,6 +240,15 @@ class OutlineMasks:
                 corner = np.array([window.x, window.y], np.int32)
                 fill_polygon(mask, outline.points - corner, outline.label)
         return mask
+
+    def files(self) -> dict[str, Path]:
+        """The files of outlines, by the slides' names."""
+        return {name: outline_file(self._folder, name) for name in self._outlines}
+
+
+def outline_file(folder: Path, slide: str) -> Path:
+    """The XML file beside a slide."""
+    return folder / Path(slide).with_suffix(".xml")
 
 
 def _slides(data: str) -> tuple[Path, list[str]]:

@@ -21,7 +21,7 @@ from jaxhisto.data.labelled import few
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.errors import StoreError
 from jaxhisto.task_config import TaskConfig
-from jaxhisto.tasks.masks import image_size, read_ids
+from jaxhisto.tasks.masks import image_size, numbered, read_ids
 from jaxhisto.tasks.set_folders import count_note, find_folder
 from jaxhisto.tasks.task import Task
 
@@ -99,6 +99,10 @@ class ResizedImages:
         kind = cv2.INTER_AREA if min(image.shape[:2]) > RESIZED else cv2.INTER_LINEAR
         return np.asarray(cv2.resize(image, (RESIZED, RESIZED), interpolation=kind), np.uint8)
 
+    def files(self) -> dict[str, Path]:
+        """A file an image, by its name."""
+        return self.images.files()
+
 
 @dataclass(frozen=True)
 class ResizedMasks:
@@ -113,6 +117,10 @@ class ResizedMasks:
         odd = 2 * np.arange(RESIZED) + 1
         rows, columns = odd * h // (2 * RESIZED), odd * w // (2 * RESIZED)
         return (grey[np.ix_(rows, columns)] >= MALIGNANT).astype(np.uint8)
+
+    def files(self) -> dict[str, Path]:
+        """A file a mask, by its row and name."""
+        return numbered(self.paths)
 
 
 def _image_of(mask: str) -> str:

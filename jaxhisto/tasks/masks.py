@@ -58,6 +58,10 @@ class MaskFiles:
             )
         return ids.astype(np.uint8)
 
+    def files(self) -> dict[str, Path]:
+        """A file a mask, by its row and name."""
+        return numbered(self.paths)
+
     def check(self, sizes: Sequence[tuple[int, int]], threads: int = 0) -> NDArray[np.int64]:
         """Reads all masks once, so that a bad one is found before anything is trained.
 
@@ -84,6 +88,11 @@ class MaskFiles:
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             counts = np.stack(list(pool.map(one, range(len(self.paths)))))
         return np.asarray(counts.sum(axis=0))
+
+
+def numbered(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their row and name, `12 a.png`: two folders may hold the same names."""
+    return {f"{i} {path.name}": path for i, path in enumerate(paths)}
 
 
 def read_ids(path: Path) -> NDArray[np.integer]:

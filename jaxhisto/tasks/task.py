@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol, cast
 
 import numpy as np
@@ -29,6 +30,9 @@ class Masks(Protocol):
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """(h, w) uint8 of image i's size, each below the number of classes."""
+
+    def files(self) -> Mapping[str, Path]:
+        """All that they are read from, by a name that stays when the folder is moved."""
 
 
 @dataclass(frozen=True)
@@ -200,5 +204,10 @@ def open_task(config: TaskConfig) -> Task:
                     f"--task.{name.replace('_', '-')} is for files of one's own; drop it, "
                     f"{config.layout} has a form of its own."
                 )
+        if config.target_scale != 1:
+            raise ConfigError(
+                f"--task.target-scale is for numbers of one's own; drop it, those of "
+                f"{config.layout} have the paper's unit."
+            )
         task = READERS[config.layout](config)
     return replace(task, groups=None) if config.split_by == "image" else task

@@ -7,8 +7,9 @@ window is not used, so that each pixel is scored at most once.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -92,6 +93,10 @@ class WindowedImages:
         """Window i, (side, side, 3) uint8 RGB; StoreError as the image's."""
         return self._cuts.cut(i, self._images.read)
 
+    def files(self) -> Mapping[str, Path]:
+        """Of the whole images."""
+        return self._images.files()
+
 
 class WindowedMasks:
     """The same windows of the masks."""
@@ -105,3 +110,7 @@ class WindowedMasks:
     def read(self, i: int) -> NDArray[np.uint8]:
         """Window i, (side, side) uint8 class ids; StoreError as the mask's."""
         return self._cuts.cut(i, self._masks.read)
+
+    def files(self) -> Mapping[str, Path]:
+        """Of the whole masks."""
+        return self._masks.files()

@@ -1,4 +1,4 @@
-"""A small study that tests share: images, numbers, encoders, its file."""
+"""A small study that tests share: images, numbers, encoders, its file, what it wrote."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from made_sets import tissue, write_encoder, write_images
 
 from jaxhisto import cli
+from jaxhisto.downstream_config import StudyConfig
+from jaxhisto.flags import parse
 
 FILE = """
 title = "Two sets"
@@ -78,3 +80,23 @@ def changed(place: Path, to: Path, *edits: tuple[str, str]) -> Path:
         text = text.replace(old, new)
     to.write_text(text)
     return to
+
+
+def no_picture(part, path: Path) -> Path:
+    """Instead of a figure."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(part.name.encode())
+    return path
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """All that a person reads."""
+    files = [*out.glob("tables/*"), *out.glob("figures/*"), *out.glob("report.*")]
+    assert len(files) > 20
+    assert "report.html" in {f.name for f in files}
+    return {str(f.relative_to(out)): f.read_bytes() for f in files}
+
+
+def config_of(file, *flags):
+    """What the verb parses."""
+    return parse(StudyConfig, [str(a) for a in (file, *flags)], "study", recipe=False)

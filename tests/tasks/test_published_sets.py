@@ -17,7 +17,7 @@ from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.digestpath import case
 from jaxhisto.tasks.gleason import core_grade
 from jaxhisto.tasks.splits import task_split
-from jaxhisto.tasks.task import PARTS
+from jaxhisto.tasks.task import PARTS, open_task
 
 
 def put(path: Path, image: np.ndarray, **options) -> Path:
@@ -364,3 +364,9 @@ def test_digestpath_masks_that_do_not_fit(digestpath):
 def test_cases_in_digestpath_names():
     assert case("2019-05-08 00_06_24-lv1-1-2-3-4.jpg") == "2019-05-08 00_06_24"
     assert case("D20180_2019-05-14 15_43_51-lv1-1.jpg") == "D20180"
+
+
+def test_a_scale_of_ones_own_is_refused_for_a_published_set(tmp_path):
+    config = TaskConfig(data=str(tmp_path), layout="breastpathq", target_scale=100)
+    with pytest.raises(ConfigError, match=r"--task.target-scale is for numbers of one's own"):
+        open_task(config)
