@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,22 @@ class NamedImages:
             return decode_image(read_bytes(path))
         except ImageError as error:
             raise StoreError(f"{path}: {error}.") from error
+
+    def digests(self, threads: int = 0) -> list[bytes]:
+        """The sha256 of each image's file.
+
+        Args:
+          threads: that read; 0: one a core.
+
+        Raises:
+          StoreError: a file cannot be read.
+        """
+
+        def one(name: str) -> bytes:
+            return hashlib.sha256(read_bytes(self.folder / name)).digest()
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(one, self.names))
 
 
 def read_bytes(path: Path) -> bytes:

@@ -1,6 +1,6 @@
 """`jaxhisto finetune`: an encoder and a task -> the trained network, its scores and its record.
 
-OUT/config.json          the settings, augmentation included
+OUT/config.json          the settings, augmentation included; facts.json, env.json beside it
 OUT/split.json           who is trained, chosen and tested on, and of what encoder and labels
 OUT/metrics.jsonl        a line an epoch
 OUT/checkpoints/         to go on from
@@ -32,21 +32,22 @@ from jaxhisto.downstream.classifier import Targets, learner_of, targets_of, trai
 from jaxhisto.downstream.encoders import Encoder, open_encoder
 from jaxhisto.downstream.finetune_files import (
     RESULT,
+    SPLIT,
     Facts,
     facts_of,
-    open_folder,
     write_model,
     write_predictions,
 )
 from jaxhisto.downstream.learner import Learner, evaluate, make_outcomes
 from jaxhisto.downstream.probe import table
 from jaxhisto.downstream.probing import Divided, Probed
+from jaxhisto.downstream.run_folder import open_run
 from jaxhisto.downstream.squares import squares
 from jaxhisto.downstream.training import Fitted, adam, fit, weight_decay
 from jaxhisto.errors import ConfigError
 from jaxhisto.pretrain.step import replicate
 from jaxhisto.runlog import environment, write_atomically
-from jaxhisto.tasks.splits import fraction, task_split
+from jaxhisto.tasks.splits import fraction, task_split, write_split
 from jaxhisto.tasks.task import Split, Task, open_task
 from jaxhisto.training_config import FinetuneConfig
 
@@ -72,24 +73,28 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{task.name}: is a segmentation task; `jaxhisto segment` trains a network on it."
         )
+    say("\n".join(task.summary()))
     split = task_split(task, config.task)
+    say(split.summary())
     encoder = open_encoder(config.encoder, config.mean, config.std)
     if not encoder.params:
         raise ConfigError(
             f"{config.encoder}: has no weights to train; `jaxhisto probe` says what its features "
             "are worth."
         )
-    say("\n".join([*task.summary(), split.summary()]))
     rows = split.train
     if config.percent < 100:
         rows = fraction(task, split, config.percent, config.repeat, config.seed, config.scarce)
         say(f"{len(rows):,} of {len(split.train):,} training images ({config.percent:g} %)")
     facts = facts_of(task, split, encoder, rows)
-    out = open_folder(config, task, split, facts)
+    out = open_run(config.out, config, facts.hashes())
     if (out / RESULT).is_file():
         say(f"{out}: is finished")
         record: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
         return record
+    if is_main():
+        told = facts.hashes() | {"trained_on": list(facts.trained_on)}
+        write_split(out / SPLIT, split, task, **told)
     data = Divided(
         np.zeros((len(task), 0), np.float32), np.asarray(task.values), task.classes, task.groups,
         rows, split.validation, split.test,

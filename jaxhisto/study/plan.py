@@ -20,8 +20,8 @@ from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import Encoder, open_encoder
 from jaxhisto.downstream.inputs import in_threads
-from jaxhisto.downstream.progress import Progress
 from jaxhisto.errors import ConfigError, ExportError, JaxhistoError, StoreError
+from jaxhisto.progress import Progress
 from jaxhisto.runlog import write_atomically
 from jaxhisto.study.cells import Entry, Ready, applies, target_hash
 from jaxhisto.study.file import Study, rooted_encoder, rooted_task

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxhisto.data.folder_source import image_names
-from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled
+from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled, strangers
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.task_config import TaskConfig
@@ -136,6 +136,8 @@ def _regression(config: TaskConfig) -> Task:
     there = image_names(folder)
     rows = label_rows(table, folder, config.file, config.target, config.group)
     images = set(there)
+    if rows and not images.intersection(rows):
+        raise StoreError(strangers(table, folder, list(rows), there))
     used = [(n, target) for n, (target, _) in rows.items() if n in images and target]
     values = numbers(table, used, config.target)
     if len(used) < 2 or len(set(values)) < 2:

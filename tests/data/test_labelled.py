@@ -110,13 +110,19 @@ def test_absolute_names_bom_and_tabs(folder, rows, tmp_path):
         ({3: ("a", "a/3.png", "stroma", "x")}, {}, "line 5 does not have 3 cells"),
         ({3: ("", "a/3.png", "stroma")}, {"group": "section"}, "line 5 has no section"),
         ({"header": ("section", "file", "file")}, {}, "two columns 'file'"),
+        ({"mark": ";"}, {}, "its columns are parted by semicolons; save it with commas"),
+        ({"mark": "\t"}, {}, r"parted by tabs; save it with commas, or with tabs as \.tsv"),
+        ({"header": ()}, {}, "is empty; give a table with a header"),
     ],
 )
 def test_a_table_that_is_not_sound_is_refused(folder, rows, tmp_path, change, options, said):
-    header = change.pop("header", HEADER) if "header" in change else HEADER
+    change, mark = dict(change), change.get("mark", ",")
+    change.pop("mark", None)
+    header = change.pop("header", HEADER)
+    rows = rows if header else []
     for i, row in change.items():
         rows[i] = row
-    table = write_csv(tmp_path / "labels.csv", [header, *rows])
+    table = write_csv(tmp_path / "labels.csv", [header, *rows], delimiter=mark)
     options = {"label": "tissue_class"} | options
     with pytest.raises(StoreError, match=said):
         read_labelled(folder, table, **options)
@@ -125,8 +131,10 @@ def test_a_table_that_is_not_sound_is_refused(folder, rows, tmp_path, change, op
 def test_sets_in_which_nothing_can_be_told_apart_are_refused(folder, rows, tmp_path):
     with pytest.raises(StoreError, match="all 20 images are tumour; a probe needs two classes"):
         read(folder, [(s, n, "tumour") for s, n, _ in rows], tmp_path)
-    with pytest.raises(StoreError, match="no image has a label"):
+    with pytest.raises(StoreError, match=r"none of its 20 names .* 'xa/0.png'; images are called 'a/0"):
         read(folder, [(s, f"x{n}", c) for s, n, c in rows], tmp_path)
+    with pytest.raises(StoreError, match="no image has a label"):
+        read(folder, [(s, n, "") for s, n, _ in rows], tmp_path)
     with pytest.raises(StoreError, match="does not exist"):
         read_labelled(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="cannot be read as CSV"):

@@ -234,11 +234,11 @@ def test_a_finished_folder_is_read_and_others_are_refused(place, jaxhisto, tmp_p
     assert "encoder: " in refusal(jaxhisto(*other))
     said = refusal(jaxhisto(*line(place, out, *STEP, "--task.split-seed", 2)))
     assert "task.split_seed: 0 -> 2; split: " in said
-    assert "is no fine-tuning" in refusal(jaxhisto(*line(place, place, *STEP)))
+    assert "is no run folder" in refusal(jaxhisto(*line(place, place, *STEP)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"steps": 3}')
     said = refusal(jaxhisto(*line(place, tmp_path / "other", *STEP)))
-    assert "holds something else than a fine-tuning (config.json: unknown key steps" in said
+    assert "holds a run of another verb or version (config.json: unknown key steps" in said
     assert (out / "result.json").stat().st_mtime_ns == before
 
 
