@@ -44,7 +44,8 @@ class TrainingConfig:
     log_every: int = within(50, 1, MANY, operational=True)
     """Steps between two lines of progress, where there is no terminal."""
     devices: int = within(0, 0, MANY, operational=True)
-    """Devices to train on; 0: all. The numbers are the same but for the order of sums."""
+    """Devices to train on; 0: all. The numbers are the same but for the order of sums, which Adam
+    makes more of (docs/tasks.md)."""
     threads: int = within(0, 0, MANY, operational=True)
     """Threads that read and decode; 0: one a core."""
 

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxhisto import __version__, tensor_file, weights
 from jaxhisto.config import ModelConfig
+from jaxhisto.data.named_images import NamedImages
 from jaxhisto.downstream.classifier import Targets
 from jaxhisto.downstream.encoders import Encoder
 from jaxhisto.downstream.probing import Divided
@@ -30,6 +31,7 @@ SPLIT, RESULT = "split.json", "result.json"
 ENCODER, GOLDEN, HEAD = "encoder.safetensors", "golden.safetensors", "head.safetensors"
 PREDICTIONS = "predictions.csv"
 HEAD_FORMAT = "jaxhisto-head-1"
+
 Tree = dict[str, Any]
 Floats = NDArray[np.float64]
 
@@ -42,12 +44,14 @@ class Facts:
       encoder_sha256: of the weights at the start.
       split_sha256: of the split.
       labels_sha256: of all images' names and labels or targets.
+      images_sha256: of the files of the images trained, chosen and tested on.
       trained_on: names of the images trained on, sorted.
     """
 
     encoder_sha256: str
     split_sha256: str
     labels_sha256: str
+    images_sha256: str
     trained_on: tuple[str, ...]
 
     def hashes(self) -> dict[str, str]:
@@ -56,15 +60,32 @@ class Facts:
             "encoder_sha256": self.encoder_sha256,
             "split_sha256": self.split_sha256,
             "labels_sha256": self.labels_sha256,
+            "images_sha256": self.images_sha256,
             "trained_on_sha256": _sha256(list(self.trained_on)),
         }
 
 
-def facts_of(task: Task, split: Split, encoder: Encoder, train: NDArray[np.int64]) -> Facts:
-    """Of a fine-tuning on these rows."""
+def facts_of(
+    task: Task, split: Split, encoder: Encoder, train: NDArray[np.int64], threads: int = 0
+) -> Facts:
+    """Of a fine-tuning on these rows.
+
+    Raises:
+      StoreError: an image cannot be read.
+    """
     labels = sorted(zip(task.names, np.asarray(task.values).tolist(), strict=True))
     names = tuple(sorted(task.names[i] for i in train))
-    return Facts(encoder.sha256, split.sha256, _sha256([labels, list(task.classes)]), names)
+    used = sorted(task.names[i] for i in (*train, *split.validation, *split.test))
+    assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
+    digests = replace(task.images, names=tuple(used)).digests(threads)
+    images = [[name, digest.hex()] for name, digest in zip(used, digests, strict=True)]
+    return Facts(
+        encoder.sha256,
+        split.sha256,
+        _sha256([labels, list(task.classes)]),
+        _sha256(images),
+        names,
+    )
 
 
 def write_model(

@@ -111,14 +111,16 @@ def _known(
 ) -> dict[str, Entry]:
     """The entries that stay: of other inputs, and of these where the mask is theirs."""
     content = _read(out)
-    same = settings.differences({k: content.get(k) for k in how}, json.loads(json.dumps(dict(how))))
-    entries = {entry["name"]: entry for entry in content["inputs"]} if content and not same else {}
+    other = settings.differences(
+        {k: content.get(k) for k in how}, json.loads(json.dumps(dict(how)))
+    )
+    entries = {entry["name"]: entry for entry in content["inputs"]} if content and not other else {}
     if force:
         return {name: entry for name, entry in entries.items() if name not in inputs}
     there = [name for name in inputs if mask_path(out, name).exists()]
-    if content and same:
+    if other and content and (content["inputs"] or there):
         raise RunError(
-            f"{out}: holds masks that were made otherwise ({'; '.join(same)}); pass --force to "
+            f"{out}: holds masks that were made otherwise ({'; '.join(other)}); pass --force to "
             "replace them, or another --out."
         )
     if there and not content:

@@ -245,14 +245,8 @@ def table(found: list[Probed], data: Divided) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
              for row in cells]  # fmt: skip
-    groups = data.groups_of(data.test)
-    by = metrics.drawn_by(groups)
-    note = f"[95 % bootstrap interval over {len(data.test):,} test images"
-    if by == "group":
-        note += f", drawn by {len(set(groups or ())):,} groups"
-    elif groups:
-        note += ", all of one group: it says nothing of other groups"
-    return "\n".join([*lines, f"{note}]"])
+    note = metrics.told(len(data.test), data.groups_of(data.test))
+    return "\n".join([*lines, f"[{note}]"])
 
 
 def _is_features(name: str) -> bool:

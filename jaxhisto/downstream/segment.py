@@ -292,6 +292,7 @@ def result_of(
             for name, interval in found.items()
         },
         "bootstrap_by": metrics.drawn_by(groups),
+        "intervals": metrics.told(len(matrices), groups),
         "per_class": [
             {"class": name, "f1": _number(f1), "iou": _number(iou), "pixels": int(pixels)}
             for name, f1, iou, pixels in zip(
@@ -315,7 +316,7 @@ def table(result: dict[str, Any]) -> str:
     for one in result["per_class"]:
         f1 = "is nowhere" if one["f1"] is None else f"F1 {one['f1']:.3f}"
         lines.append(f"  {one['class']}: {f1}, {one['pixels']:,} pixels")
-    lines.append(f"(intervals: 95 %, bootstrap by {result['bootstrap_by']})")
+    lines.append(f"[{result['intervals']}]")
     return "\n".join(lines)
 
 

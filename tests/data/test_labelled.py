@@ -131,7 +131,9 @@ def test_a_table_that_is_not_sound_is_refused(folder, rows, tmp_path, change, op
 def test_sets_in_which_nothing_can_be_told_apart_are_refused(folder, rows, tmp_path):
     with pytest.raises(StoreError, match="all 20 images are tumour; a probe needs two classes"):
         read(folder, [(s, n, "tumour") for s, n, _ in rows], tmp_path)
-    with pytest.raises(StoreError, match=r"none of its 20 names .* 'xa/0.png'; images are called 'a/0"):
+    with pytest.raises(
+        StoreError, match=r"none of its 20 names .* 'xa/0.png'; images are called 'a/0"
+    ):
         read(folder, [(s, f"x{n}", c) for s, n, c in rows], tmp_path)
     with pytest.raises(StoreError, match="no image has a label"):
         read(folder, [(s, n, "") for s, n, _ in rows], tmp_path)
