@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.listed import Listed
@@ -64,11 +66,11 @@ class Labelled:
         if self.other:
             lines.append(f"  {self.other:,} rows of other classes left out")
         if self.missing:
-            lines.append(f"  {len(self.missing):,} rows without their image: {few(self.missing)}")
+            rows = counted(len(self.missing), "row")
+            lines.append(f"  {rows} without their image: {few(self.missing)}")
         if self.unlabelled:
-            lines.append(
-                f"  {len(self.unlabelled):,} images without a label: {few(self.unlabelled)}"
-            )
+            images = counted(len(self.unlabelled), "image")
+            lines.append(f"  {images} without a label: {few(self.unlabelled)}")
         return "\n".join(lines)
 
     def subset(self, rows: NDArray[np.int64]) -> Labelled:
@@ -298,6 +300,12 @@ def label_rows(
 
 def strangers(table: Path, folder: Path, rows: Sequence[str], images: Sequence[str]) -> str:
     """Why not one row of a table has its image, and how to write the names."""
+    composed = [{unicodedata.normalize("NFC", name) for name in names} for names in (rows, images)]
+    if composed[0] & composed[1]:  # macOS takes accents apart, and tables are written elsewhere
+        return (
+            f"{table}: its names and those of the images in {folder} are the same but for how "
+            "accents are encoded (Unicode NFC and NFD); write both in one way."
+        )
     return (
         f"{table}: none of its {len(rows):,} names is an image of {folder} (the first, "
         f"{rows[0]!r}; images are called {images[0]!r}); write them as they are in that folder, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -63,7 +64,7 @@ def test_rows_without_image_and_images_without_row_are_counted_and_named(folder,
     assert found.missing == ("d/9.png",)
     assert found.unlabelled == ("a/0.png", "a/1.png")  # no row; a row with an empty label
     assert len(found) == 18
-    assert "1 rows without their image: d/9.png" in found.summary()
+    assert "1 row without their image: d/9.png" in found.summary()
     assert "2 images without a label: a/0.png, a/1.png" in found.summary()
 
 
@@ -137,6 +138,14 @@ def test_sets_in_which_nothing_can_be_told_apart_are_refused(folder, rows, tmp_p
         read(folder, [(s, f"x{n}", c) for s, n, c in rows], tmp_path)
     with pytest.raises(StoreError, match="no image has a label"):
         read(folder, [(s, n, "") for s, n, _ in rows], tmp_path)
+    accented = tmp_path / "accented"
+    for group, name, label in rows:
+        target = accented / label / f"\u00fc{group}{Path(name).name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / name).read_bytes())
+    apart = [(s, f"{c}/u\u0308{s}{Path(n).name}", c) for s, n, c in rows]
+    with pytest.raises(StoreError, match="but for how accents are encoded"):
+        read(accented, apart, tmp_path)
     with pytest.raises(StoreError, match="does not exist"):
         read_labelled(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="cannot be read as CSV"):
