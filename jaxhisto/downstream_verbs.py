@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from shlex import quote
 
 from jaxhisto.console import counted, say, say_next, warn
@@ -21,9 +22,10 @@ from jaxhisto.training_config import ClassifyConfig, FinetuneConfig, PredictConf
 def embed(argv: Sequence[str]) -> int:
     """tiles, images or whole slides -> their features in an HDF5 file"""
     config = parse(EmbedConfig, argv, "embed")
-    from jaxhisto.downstream.embed import embed as run
+    with _endable(config.out, "embed"):
+        from jaxhisto.downstream.embed import embed as run
 
-    done = run(config)
+        done = run(config)
     kept = f", {done.earlier:,} of them from an earlier start" if done.earlier else ""
     say(f"{done.out}: {done.rows:,} x {done.width} features{kept}")
     if done.per_slide:
@@ -39,9 +41,10 @@ def embed(argv: Sequence[str]) -> int:
 def probe(argv: Sequence[str]) -> int:
     """what frozen features are worth on a task: last layer, linear probe, neighbours"""
     config = parse(ProbeConfig, argv, "probe")
-    from jaxhisto.downstream.probe import run_probe
+    with _endable(config.out, "probe"):
+        from jaxhisto.downstream.probe import run_probe
 
-    run_probe(config)
+        run_probe(config)
     say(f"wrote {config.out}")
     return 0
 
@@ -49,9 +52,10 @@ def probe(argv: Sequence[str]) -> int:
 def finetune(argv: Sequence[str]) -> int:
     """an encoder and a task -> the trained network, with its scores"""
     config = parse(FinetuneConfig, argv, "finetune")
-    from jaxhisto.downstream.finetune import run_finetune
+    with _endable(config.out, "finetune"):  # before and after training, which saves what it did
+        from jaxhisto.downstream.finetune import run_finetune
 
-    run_finetune(config)
+        run_finetune(config)
     say(f"wrote {config.out}")
     say_next(f"jaxhisto classify {quote(config.out)} IMAGES --out predictions.csv")
     return 0
@@ -60,18 +64,21 @@ def finetune(argv: Sequence[str]) -> int:
 def classify(argv: Sequence[str]) -> int:
     """what a fine-tuned encoder says of tiles, images or whole slides, as a CSV file"""
     config = parse(ClassifyConfig, argv, "classify")
-    from jaxhisto.downstream.classify import run_classify
+    with _endable(config.out, "classify"):
+        from jaxhisto.downstream.classify import run_classify
 
-    say(f"{config.out}: {run_classify(config):,} tiles")
+        tiles = run_classify(config)
+    say(f"{config.out}: {counted(tiles, 'tile')}")
     return 0
 
 
 def segment(argv: Sequence[str]) -> int:
     """images with masks -> a UNet on an encoder, and its macro F1"""
     config = parse(SegmentConfig, argv, "segment")
-    from jaxhisto.downstream.segment import segment as train
+    with _endable(config.out, "segment"):  # as of finetune
+        from jaxhisto.downstream.segment import segment as train
 
-    train(config)
+        train(config)
     say(f"wrote {config.out}")
     say_next(f"jaxhisto predict IMAGES --unet {quote(config.out)} --out MASKS")
     return 0
@@ -80,9 +87,11 @@ def segment(argv: Sequence[str]) -> int:
 def predict(argv: Sequence[str]) -> int:
     """a trained UNet on images or whole slides -> masks and overlays"""
     config = parse(PredictConfig, argv, "predict")
-    from jaxhisto.downstream.predict import predict as run
+    with _endable(config.out, "predict"):
+        from jaxhisto.downstream.predict import predict as run
 
-    run(config)
+        masks = len(run(config))
+    say(f"{config.out}: {counted(masks, 'mask')}")
     return 0
 
 
@@ -142,6 +151,16 @@ def study(argv: Sequence[str]) -> int:
             f"{failed} failed, as {done.out / 'failures.json'} says; the same line tries them again"
         )
     return 1 if done.failures else 0
+
+
+def _endable(out: str, verb: str) -> AbstractContextManager[object]:
+    """SIGTERM and Ctrl-C end a verb that leaves nothing half done, wherever it is, with a sentence.
+
+    What it writes gets its name when it is whole, and the same line goes on, or begins again.
+    """
+    from jaxhisto.pretrain.stopping import stop_requests
+
+    return stop_requests(out, at_once=True, verb=verb, fact="stopped")
 
 
 VERBS: tuple[Callable[[Sequence[str]], int], ...] = (

@@ -118,6 +118,14 @@ def drawn_by(groups: Sequence[str] | None) -> str:
     return "group" if groups is not None and len(set(groups)) > 1 else "image"
 
 
+def told(images: int, groups: Sequence[str] | None) -> str:
+    """What the intervals of so many test images, of these groups, are over."""
+    text = f"95 % bootstrap interval over {images:,} test images"
+    if drawn_by(groups) == "group":
+        return f"{text}, drawn by {len(set(groups or ())):,} groups"
+    return f"{text}, all of one group: it says nothing of other groups" if groups else text
+
+
 def _members(groups: Sequence[str] | None, n: int) -> list[NDArray[np.int64]]:
     if drawn_by(groups) == "image":
         return list(np.arange(n).reshape(n, 1))

@@ -18,6 +18,7 @@ from typing import Any
 from jaxhisto.config import PretrainConfig
 from jaxhisto.console import warn
 from jaxhisto.errors import RunError
+from jaxhisto.progress import Progress
 from jaxhisto.settings import common
 
 PACKAGES = ("jaxhisto", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -54,7 +55,7 @@ class RunLog:
         self._timing = False
         self._times: deque[float] = deque([time.perf_counter()], maxlen=21)
         self._board = _tensorboard(run, start_step + 1) if tensorboard else None
-        self._progress = Progress("pretraining", steps, start_step, every)
+        self._progress = Progress("pretraining", steps, start_step, every=every)
 
     def scalars(self, step: int, metrics: Mapping[str, float], wait_s: float) -> None:
         """Records the metrics of `step`, the number of steps done with it."""
@@ -158,39 +159,6 @@ class Lines:
             self._full = error
 
 
-class Progress:
-    """A bar with ETA on a terminal, a plain line every `every` items elsewhere (stderr)."""
-
-    def __init__(self, what: str, total: int, done: int = 0, every: int = 50) -> None:
-        self._what, self._total, self._every = what, total, every
-        self._start, self._first = time.perf_counter(), done
-        self._bar = _bar(what, total, done) if sys.stderr.isatty() else None
-
-    def update(self, done: int, text: str = "") -> None:
-        """Shows that `done` of the total are done."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, text=text)
-        elif done % self._every == 0 or done in (self._first + 1, self._total):
-            print(
-                f"{self._what} {done}/{self._total}  {text}  ETA {self._eta(done)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _eta(self, done: int) -> str:
-        if done <= self._first + 1:  # the first one compiles, so the clock starts after it
-            self._start = time.perf_counter()
-            return "?"
-        each = (time.perf_counter() - self._start) / (done - self._first - 1)
-        seconds = round(each * (self._total - done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-
-
 def environment(devices: list[str]) -> dict[str, Any]:
     """What a result needs beside it to be believed: versions, devices, command, host, date."""
     return {
@@ -291,25 +259,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _bar(what: str, total: int, done: int) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    bar = Bar(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    bar.add_task(what, total=total, completed=done, text="")
-    bar.start()
-    return bar
 
 
 def _tensorboard(run: str | Path, first: int) -> Any:

@@ -44,7 +44,8 @@ class TrainingConfig:
     log_every: int = within(50, 1, MANY, operational=True)
     """Steps between two lines of progress, where there is no terminal."""
     devices: int = within(0, 0, MANY, operational=True)
-    """Devices to train on; 0: all. The numbers are the same but for the order of sums."""
+    """Devices to train on; 0: all. The numbers are the same but for the order of sums, which Adam
+    makes more of (docs/tasks.md)."""
     threads: int = within(0, 0, MANY, operational=True)
     """Threads that read and decode; 0: one a core."""
 
@@ -99,7 +100,8 @@ class PredictConfig:
     unet: str
     """Run folder of `jaxhisto segment`, or a unet.safetensors."""
     out: str
-    """Folder for NAME.mask.png (class ids), NAME.overlay.png and predictions.json."""
+    """Folder for NAME.mask.png (class ids), NAME.overlay.png and predictions.json; the same line
+    again goes on where it was."""
     kind: Literal["auto", "images", "slides"] = "auto"
     """Whether `inputs` are images or whole slides, where their names do not say (.tif)."""
     tile_mpp: float | None = within(None, 0.01, 100)
@@ -178,8 +180,12 @@ class ClassifyConfig:
     """Whether `tiles` are images or whole slides, where their names do not say (.tif)."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of what is left out: image names, slide ids of a store."""
-    max_side: int = within(512, 32, 8192)
-    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px."""
+    max_side: int = within(8192, 32, 8192)
+    """Images (no store's tiles) with a longer side are cut into equal cells no longer, px; others
+    are taken as `finetune` took them, whole: the middle square at its side."""
+    failures_allowed: int = within(0, 0, MANY)
+    """Images (no store's tiles) or slides that may be unreadable; they are dropped, counted and
+    listed."""
     cut: CutConfig = field(default_factory=CutConfig)
     batch: int = within(64, 1, 4096)
     """Tiles that a device takes at a time."""

@@ -14,7 +14,6 @@ import pytest
 from jaxhisto.errors import RunError
 from jaxhisto.runlog import (
     Lines,
-    Progress,
     RunLog,
     append_line,
     keep_steps,
@@ -51,16 +50,6 @@ def test_a_value_that_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
 def test_reading_what_is_no_run_names_the_remedy(tmp_path):
     with pytest.raises(RunError, match="jaxhisto pretrain"):
         read_metrics(tmp_path)
-
-
-def test_plain_progress_lines_every_few_steps(capsys):
-    progress = Progress("pretraining", total=10, every=4)
-    for step in range(1, 11):
-        progress.update(step, "loss 1")
-    progress.close()
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in said] == ["1/10", "4/10", "8/10", "10/10"]
-    assert all("ETA" in line for line in said)
 
 
 def test_tensorboard_events_hold_the_loss(tmp_path):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from jaxhisto.config import DataConfig
 from jaxhisto.data.loader import cores, global_indices, process_rows
 from jaxhisto.data.sources import Batch, Tiles
-from jaxhisto.runlog import Progress
+from jaxhisto.progress import Progress
 
 Decode = Callable[[int, NDArray[np.uint8]], None]
 

@@ -5,6 +5,7 @@
     coords     (n, 2) int64: x, y of the top-left corner in level-0 px; in an image, px of it
     slides     (n,) utf-8: id of the slide, empty where a tile is of none
     spans      (n,) float64: side of the tile in level-0 px; of an image, its longer side
+    contents   (n, 32) uint8: sha256 of the image's file, 0 of a slide's tile; not in every file
 
 The attributes say what encoder, what data and what feeding: `encoder_sha256`, `data_hash`, `mean`,
 `std`, `side` (px as fed), `arch`, `depth`, `layer`, `encoder`, `code_version`. Needs no JAX.
@@ -32,6 +33,7 @@ FORMAT = "jaxhisto-features-1"
 PARTIAL = ".partial"
 IDENTITY, ROWS, LOCK = "identity.json", "rows", "lock"
 AT_ONCE = 1 << 26  # bytes copied at a time
+DIGEST = 32  # bytes of a sha256
 SYNC_EVERY = 1 << 28  # bytes after which rows are put on the disk
 
 Floats = NDArray[np.float32]
@@ -46,6 +48,7 @@ class Place:
       slide: id of its slide, empty for an image.
       x, y: top-left corner in level-0 px of the slide, or px of the image.
       span: side in level-0 px; of an image, its longer side in px.
+      sha256: of the image's file; empty for a slide's tile.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Place:
     x: int
     y: int
     span: float
+    sha256: bytes = b""
 
 
 class Features:
@@ -63,6 +67,7 @@ class Features:
       names, slides: n texts each.
       coords: (n, 2) int64, x and y in level-0 px.
       spans: (n,) float64, side in level-0 px.
+      contents: (n, 32) uint8, sha256 of images' files; None where the file does not say.
       attributes: what the file says of itself, by name.
     """
 
@@ -85,14 +90,17 @@ class Features:
             self.coords: NDArray[np.int64] = np.asarray(self._file["coords"][:], np.int64)
             self.slides: tuple[str, ...] = tuple(self._file["slides"].asstr()[:].tolist())
             self.spans: NDArray[np.float64] = np.asarray(self._file["spans"][:], np.float64)
+            held = self._file.get("contents")
+            self.contents = None if held is None else np.asarray(held[:], np.uint8)
             self.attributes: dict[str, Any] = {k: _plain(v) for k, v in self._file.attrs.items()}
         except (OSError, KeyError, AttributeError, RuntimeError) as error:
             raise StoreError(
                 f"{path}: is no whole file of features ({error}); write it with `jaxhisto embed`."
             ) from error
         n = len(self._rows)
-        held = (len(self.names), len(self.coords), len(self.slides), len(self.spans))
-        if self.attributes.get("format") != FORMAT or set(held) != {n} or self._rows.ndim != 2:
+        told = (self.names, self.coords, self.slides, self.spans, self.contents)
+        lengths = {len(column) for column in told if column is not None}
+        if self.attributes.get("format") != FORMAT or lengths != {n} or self._rows.ndim != 2:
             raise StoreError(
                 f"{path}: is not in the format {FORMAT}; write it again with `jaxhisto embed`."
             )
@@ -267,8 +275,14 @@ class FeatureWriter:
         slides: Sequence[str],
         spans: NDArray[np.float64],
         attributes: Mapping[str, Any],
+        contents: Sequence[bytes] = (),
     ) -> None:
         """Makes OUT of the rows, whole or not at all, and removes OUT.partial.
+
+        Args:
+          names, slides, spans: a row's each, see the top of this file.
+          attributes: what the file says of itself.
+          contents: sha256 of images' files, empty for tiles of slides; left out where all are.
 
         Raises:
           StoreError: it cannot be written.
@@ -278,7 +292,8 @@ class FeatureWriter:
         temporary = self.partial / "finished.h5"
         try:
             width = self._dtype["features"].shape[0]
-            write_hdf5(self._h5py, temporary, width, self._rows, names, slides, spans, attributes)
+            write_hdf5(self._h5py, temporary, width, self._rows, names, slides, spans, attributes,
+                       contents)  # fmt: skip
             os.replace(temporary, self.out)
         except OSError as error:
             raise unwritable(self.out, error) from error
@@ -319,6 +334,7 @@ def write_hdf5(
     slides: Sequence[str],
     spans: NDArray[np.float64],
     attributes: Mapping[str, Any],
+    contents: Sequence[bytes] = (),
 ) -> None:
     """The HDF5 file of rows that `read` gives by position; on the disk when it returns."""
     text = h5py.string_dtype("utf-8")
@@ -334,6 +350,9 @@ def write_hdf5(
         file.create_dataset("names", data=np.array(names, object), dtype=text)
         file.create_dataset("slides", data=np.array(slides, object), dtype=text)
         file.create_dataset("spans", data=np.asarray(spans, np.float64))
+        if any(contents):
+            digests = b"".join(digest or bytes(DIGEST) for digest in contents)
+            file["contents"] = np.frombuffer(digests, np.uint8).reshape(n, DIGEST)
         for key, value in {"format": FORMAT, **attributes}.items():
             file.attrs[key] = value
     with path.open("rb") as written:

@@ -147,7 +147,8 @@ class ImageSource:
         n, top, left, h, w = self._cells[i]
         image = self.images[n]
         cell = "" if (h, w) == (image.height, image.width) else f"@{top},{left}"
-        return Place(f"{readable(image.name)}{cell}", "", left, top, float(max(h, w)))
+        name, span = f"{readable(image.name)}{cell}", float(max(h, w))
+        return Place(name, "", left, top, span, image.sha256)
 
     def line(self) -> str:
         cells = "" if len(self) == len(self.images) else f" in {len(self):,} cells"

@@ -9,19 +9,19 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
-import os
+import unicodedata
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.listed import Listed
-from jaxhisto.data.named_images import NamedImages, centre_square, load_squares, read_bytes
+from jaxhisto.data.named_images import NamedImages, centre_square, load_squares
 from jaxhisto.data.sources import StoreSource, Tiles
 from jaxhisto.errors import StoreError
 
@@ -66,11 +66,11 @@ class Labelled:
         if self.other:
             lines.append(f"  {self.other:,} rows of other classes left out")
         if self.missing:
-            lines.append(f"  {len(self.missing):,} rows without their image: {few(self.missing)}")
+            rows = counted(len(self.missing), "row")
+            lines.append(f"  {rows} without their image: {few(self.missing)}")
         if self.unlabelled:
-            lines.append(
-                f"  {len(self.unlabelled):,} images without a label: {few(self.unlabelled)}"
-            )
+            images = counted(len(self.unlabelled), "image")
+            lines.append(f"  {images} without a label: {few(self.unlabelled)}")
         return "\n".join(lines)
 
     def subset(self, rows: NDArray[np.int64]) -> Labelled:
@@ -150,12 +150,7 @@ class Labelled:
         Raises:
           StoreError: a file cannot be read.
         """
-
-        def one(name: str) -> bytes:
-            return hashlib.sha256(read_bytes(self.folder / name)).digest()
-
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-            return list(pool.map(one, self.names))
+        return NamedImages(self.folder, self.names).digests(threads)
 
     def leakage(self, tiles: Tiles, digests: Sequence[bytes]) -> list[str]:
         """In what way these images are trained on as well: a clause each, none when they are not.
@@ -250,6 +245,8 @@ def _joined(
             raise StoreError(f"{table}: no image of class {name!r}; there is {few(near)}.")
     kept = list(classes) or found
     names = [name for name, row in labelled.items() if row[0] in kept]
+    if rows and not there.intersection(rows):
+        raise StoreError(strangers(table, folder, list(rows), images))
     if len(kept) < 2:
         what = f"all {len(names)} images are {kept[0]}" if kept else "no image has a label"
         remedy = "put each class into a folder of its own" if table == folder else "name another"
@@ -301,9 +298,33 @@ def label_rows(
     return rows
 
 
+def strangers(table: Path, folder: Path, rows: Sequence[str], images: Sequence[str]) -> str:
+    """Why not one row of a table has its image, and how to write the names."""
+    composed = [{unicodedata.normalize("NFC", name) for name in names} for names in (rows, images)]
+    if composed[0] & composed[1]:  # macOS takes accents apart, and tables are written elsewhere
+        return (
+            f"{table}: its names and those of the images in {folder} are the same but for how "
+            "accents are encoded (Unicode NFC and NFD); write both in one way."
+        )
+    return (
+        f"{table}: none of its {len(rows):,} names is an image of {folder} (the first, "
+        f"{rows[0]!r}; images are called {images[0]!r}); write them as they are in that folder, "
+        "with folders in it and suffix."
+    )
+
+
 def _check_column(table: Path, columns: Sequence[str], wanted: str, what: str) -> None:
+    if not columns:
+        raise StoreError(f"{table}: is empty; give a table with a header.")
     if columns.count(wanted) == 1:
         return
+    if len(columns) == 1:
+        for mark, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
+            if wanted in columns[0].split(mark):
+                raise StoreError(
+                    f"{table}: its columns are parted by {called}; save it with commas, or with "
+                    "tabs as .tsv."
+                )
     if wanted in columns:
         raise StoreError(f"{table}: has two columns {wanted!r}; rename one of them.")
     near = difflib.get_close_matches(wanted, columns, 1) if wanted else []

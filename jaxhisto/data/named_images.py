@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,22 @@ class NamedImages:
     def files(self) -> dict[str, Path]:
         """A file an image, by its name."""
         return {name: self.folder / name for name in self.names}
+
+    def digests(self, threads: int = 0) -> list[bytes]:
+        """The sha256 of each image's file.
+
+        Args:
+          threads: that read; 0: one a core.
+
+        Raises:
+          StoreError: a file cannot be read.
+        """
+
+        def one(name: str) -> bytes:
+            return hashlib.sha256(read_bytes(self.folder / name)).digest()
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            return list(pool.map(one, self.names))
 
 
 def read_bytes(path: Path) -> bytes:

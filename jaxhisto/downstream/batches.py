@@ -36,7 +36,9 @@ class Part:
 
 
 def fitting_batch(batch: int, images: int, devices: int) -> int:
-    """Images in a batch: as asked for, or as many as there are where these are fewer.
+    """Images in a batch: as asked for, or where there are fewer, as many eights as there are.
+
+    Of fewer than eight images an epoch is one batch, which is filled up (`epoch_order`).
 
     Raises:
       RunError: the devices cannot share it.
@@ -49,9 +51,10 @@ def fitting_batch(batch: int, images: int, devices: int) -> int:
             )
         return batch
     # In eights, so that 1, 2, 4 and 8 devices train on the same batches.
-    fewer = images - images % 8 or images
+    fewer = images - images % 8 or min(batch, 8)
     fewer = math.ceil(fewer / devices) * devices
-    say(f"batch lowered from {batch} to {fewer}: there are {images} images to train on")
+    if fewer != batch:
+        say(f"batch of {fewer} instead of {batch}: there are {images} images to train on")
     return fewer
 
 

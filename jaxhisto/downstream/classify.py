@@ -14,9 +14,9 @@ from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import open_encoder
 from jaxhisto.downstream.finetune_files import ENCODER, as_csv, read_head, said
 from jaxhisto.downstream.inputs import open_inputs, read_blocks
-from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream_config import EmbedConfig
 from jaxhisto.errors import ExportError, StoreError
+from jaxhisto.progress import Progress
 from jaxhisto.runlog import write_atomically
 from jaxhisto.training_config import ClassifyConfig
 
@@ -34,6 +34,8 @@ def run_classify(config: ClassifyConfig) -> int:
         raise ExportError(
             f"{folder}: has no {ENCODER}; give the folder of a finished `jaxhisto finetune`."
         )
+    if out.is_dir():
+        raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'classes.csv'}.")
     if out.exists() and not config.force:
         raise StoreError(f"{out}: exists; pass --force to replace it, or another --out.")
     encoder = open_encoder(str(folder / ENCODER))
@@ -45,6 +47,7 @@ def run_classify(config: ClassifyConfig) -> int:
         kind=config.kind,
         exclude=config.exclude,
         max_side=config.max_side,
+        failures_allowed=config.failures_allowed,
         cut=config.cut,
     )
     tiles = open_inputs(inputs, encoder.tile_px)

@@ -22,9 +22,9 @@ from jaxhisto.data.sources import Tiles
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.downstream.encoders import Encoder, encoder_of, make_features
 from jaxhisto.downstream.inputs import open_inputs, read_blocks
-from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream_config import EmbedConfig
-from jaxhisto.errors import StoreError
+from jaxhisto.errors import ConfigError, StoreError
+from jaxhisto.progress import Progress
 
 IN_FLIGHT = 2  # blocks on the devices at a time: one computes while the next one's bytes travel
 
@@ -55,6 +55,8 @@ def embed(config: EmbedConfig) -> Embedded:
     if out.is_dir():
         raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'features.h5'}.")
     encoder = encoder_of(config)
+    if config.layer != 4 and not encoder.params:
+        raise ConfigError(f"--layer {config.layer}: {encoder.name} has no layers; leave it out.")
     side = config.tile_px or encoder.tile_px or 224
     tiles = open_inputs(config, side)
     say(tiles.summary())
@@ -85,6 +87,7 @@ def embed(config: EmbedConfig) -> Embedded:
                 [place.slide for place in places],
                 np.array([place.span for place in places], np.float64),
                 attributes,
+                [place.sha256 for place in places],
             )
     files: list[Path] = []
     if config.per_slide:

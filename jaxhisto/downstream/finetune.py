@@ -1,6 +1,6 @@
 """`jaxhisto finetune`: an encoder and a task -> the trained network, its scores and its record.
 
-OUT/config.json          the settings, augmentation included
+OUT/config.json          the settings, augmentation included; facts.json, env.json beside it
 OUT/split.json           who is trained, chosen and tested on, and of what encoder and labels
 OUT/metrics.jsonl        a line an epoch
 OUT/checkpoints/         to go on from
@@ -32,26 +32,28 @@ from jaxhisto.downstream.classifier import Targets, learner_of, targets_of, trai
 from jaxhisto.downstream.encoders import Encoder, open_encoder
 from jaxhisto.downstream.finetune_files import (
     RESULT,
+    SPLIT,
     Facts,
     facts_of,
-    open_folder,
     write_model,
     write_predictions,
 )
 from jaxhisto.downstream.learner import Learner, evaluate, make_outcomes
 from jaxhisto.downstream.probe import table
 from jaxhisto.downstream.probing import Divided, Probed
-from jaxhisto.downstream.squares import squares
+from jaxhisto.downstream.run_folder import open_run
+from jaxhisto.downstream.squares import Squares, squares
 from jaxhisto.downstream.training import Fitted, adam, fit, weight_decay
 from jaxhisto.errors import ConfigError
 from jaxhisto.pretrain.step import replicate
 from jaxhisto.runlog import environment, write_atomically
-from jaxhisto.tasks.splits import fraction, task_split
+from jaxhisto.tasks.splits import fraction, task_split, write_split
 from jaxhisto.tasks.task import Split, Task, open_task
 from jaxhisto.training_config import FinetuneConfig
 
 FORMAT = "jaxhisto-finetune-1"
 HELD_OUT = ("validation", "test")
+AT_ONCE = 1024  # images
 
 
 def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     Raises:
       ConfigError: settings that do not go together, a segmentation task, an encoder without
         weights.
-      StoreError: a task or split that is not as it should be.
+      StoreError: a task or split that is not as it should be, an image that cannot be read.
       ExportError: no such encoder, or nothing says how it wants to be fed.
       RunError: a folder that holds something else, a loss that is not finite; see `fit`.
     """
@@ -72,29 +74,40 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         raise ConfigError(
             f"{task.name}: is a segmentation task; `jaxhisto segment` trains a network on it."
         )
+    say("\n".join(task.summary()))
     split = task_split(task, config.task)
+    say(split.summary())
     encoder = open_encoder(config.encoder, config.mean, config.std)
     if not encoder.params:
         raise ConfigError(
             f"{config.encoder}: has no weights to train; `jaxhisto probe` says what its features "
             "are worth."
         )
-    say("\n".join([*task.summary(), split.summary()]))
     rows = split.train
     if config.percent < 100:
         rows = fraction(task, split, config.percent, config.repeat, config.seed, config.scarce)
         say(f"{len(rows):,} of {len(split.train):,} training images ({config.percent:g} %)")
-    facts = facts_of(task, split, encoder, rows)
-    out = open_folder(config, task, split, facts)
+    threads = config.training.threads
+    facts = facts_of(task, split, encoder, rows, threads)
+    used = np.concatenate([rows, split.validation, split.test])
+    read = squares(task, config.task.side, len(used), config.cache_gb, threads)
+    if not (Path(config.out) / RESULT).is_file():
+        # Each once: a bad image, be it one to test on, is found now and not after training.
+        for start in range(0, len(used), AT_ONCE):
+            read(used[start : start + AT_ONCE])
+    out = open_run(config.out, config, facts.hashes())
     if (out / RESULT).is_file():
         say(f"{out}: is finished")
         record: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
         return record
+    if is_main():
+        told = facts.hashes() | {"trained_on": list(facts.trained_on)}
+        write_split(out / SPLIT, split, task, **told)
     data = Divided(
         np.zeros((len(task), 0), np.float32), np.asarray(task.values), task.classes, task.groups,
         rows, split.validation, split.test,
     )  # fmt: skip
-    return _trained(config, task, split, encoder, data, facts, out)
+    return _trained(config, task, split, encoder, data, read, facts, out)
 
 
 def _trained(
@@ -103,6 +116,7 @@ def _trained(
     split: Split,
     encoder: Encoder,
     data: Divided,
+    read: Squares,
     facts: Facts,
     out: Path,
 ) -> dict[str, Any]:
@@ -110,7 +124,7 @@ def _trained(
     training = config.training
     targets = targets_of(data.y[data.train], len(task.classes))
     learner = learner_of(encoder, targets, config.freeze, training.precision, training.seed)
-    parts = parts_of(config, task, data, targets)
+    parts = parts_of(task, data, read, targets)
     fitted = fit(
         learner,
         parts["train"],
@@ -146,13 +160,10 @@ def _trained(
     return record
 
 
-def parts_of(
-    config: FinetuneConfig, task: Task, data: Divided, targets: Targets
-) -> dict[str, Part]:
-    """What is trained, chosen and tested on, by the part's name."""
+def parts_of(task: Task, data: Divided, read: Squares, targets: Targets) -> dict[str, Part]:
+    """What is trained, chosen and tested on, by the part's name; `read` gives images."""
     rows = {"train": data.train, "validation": data.validation, "test": data.test}
-    scaled, total = targets.scaled(data.y), sum(map(len, rows.values()))
-    read = squares(task, config.task.side, total, config.cache_gb, config.training.threads)
+    scaled = targets.scaled(data.y)
 
     def load(wanted: NDArray[np.int64], epoch: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
         return read(wanted), scaled[wanted]

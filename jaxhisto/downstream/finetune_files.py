@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning: made, recognised, refused where it is another one's, and read."""
+"""What a fine-tuning is known by, and the files that it leaves: written and read."""
 
 from __future__ import annotations
 
@@ -7,36 +7,30 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxhisto import __version__, settings, tensor_file, weights
+from jaxhisto import __version__, tensor_file, weights
 from jaxhisto.config import ModelConfig
-from jaxhisto.distributed import is_main
+from jaxhisto.data.named_images import NamedImages
 from jaxhisto.downstream.classifier import Targets
 from jaxhisto.downstream.encoders import Encoder
 from jaxhisto.downstream.probing import Divided
 from jaxhisto.downstream.training import Fitted
-from jaxhisto.errors import ConfigError, ExportError, RunError
+from jaxhisto.errors import ExportError
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import write_atomically
-from jaxhisto.tasks.splits import write_split
 from jaxhisto.tasks.task import Split, Task
 from jaxhisto.training_config import FinetuneConfig
 
-CONFIG, SPLIT, RESULT = "config.json", "split.json", "result.json"
+SPLIT, RESULT = "split.json", "result.json"
 ENCODER, GOLDEN, HEAD = "encoder.safetensors", "golden.safetensors", "head.safetensors"
 PREDICTIONS = "predictions.csv"
 HEAD_FORMAT = "jaxhisto-head-1"
-BEGUN = {SPLIT, ".lock"}
-"""What a start that was killed before its config.json may leave; it counts as nothing."""
-
-PLACES = ("out", "encoder", "task.data", "task.labels", "task.split")
-"""Settings that say where something lies; it may move, and its hash says whether it is the same."""
 
 Tree = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -50,80 +44,48 @@ class Facts:
       encoder_sha256: of the weights at the start.
       split_sha256: of the split.
       labels_sha256: of all images' names and labels or targets.
+      images_sha256: of the files of the images trained, chosen and tested on.
       trained_on: names of the images trained on, sorted.
     """
 
     encoder_sha256: str
     split_sha256: str
     labels_sha256: str
+    images_sha256: str
     trained_on: tuple[str, ...]
 
     def hashes(self) -> dict[str, str]:
-        """Of everything, which a checkpoint must agree with."""
+        """Of everything, which the folder and a checkpoint must agree with."""
         return {
             "encoder_sha256": self.encoder_sha256,
             "split_sha256": self.split_sha256,
             "labels_sha256": self.labels_sha256,
+            "images_sha256": self.images_sha256,
             "trained_on_sha256": _sha256(list(self.trained_on)),
         }
 
 
-def facts_of(task: Task, split: Split, encoder: Encoder, train: NDArray[np.int64]) -> Facts:
-    """Of a fine-tuning on these rows."""
-    labels = sorted(zip(task.names, np.asarray(task.values).tolist(), strict=True))
-    names = tuple(sorted(task.names[i] for i in train))
-    return Facts(encoder.sha256, split.sha256, _sha256([labels, list(task.classes)]), names)
-
-
-def open_folder(config: FinetuneConfig, task: Task, split: Split, facts: Facts) -> Path:
-    """Makes the folder, or checks that it is this same fine-tuning's.
+def facts_of(
+    task: Task, split: Split, encoder: Encoder, train: NDArray[np.int64], threads: int = 0
+) -> Facts:
+    """Of a fine-tuning on these rows.
 
     Raises:
-      RunError: it holds something else, or cannot be written.
+      StoreError: an image cannot be read.
     """
-    out = Path(config.out)
-    try:
-        if (out / CONFIG).is_file():
-            _check_same(config, facts, out)
-            return out
-        if out.exists() and (not out.is_dir() or not all(_begun(p.name) for p in out.iterdir())):
-            raise RunError(
-                f"{out}: exists and is no fine-tuning; give --out an empty or new folder."
-            )
-        if is_main():
-            out.mkdir(parents=True, exist_ok=True)
-            said = facts.hashes() | {"trained_on": list(facts.trained_on)}
-            write_split(out / SPLIT, split, task, **said)
-            write_atomically(out / CONFIG, settings.to_json(config))
-    except OSError as error:
-        raise RunError(
-            f"{out}: cannot be written ({error.strerror}); give another --out."
-        ) from error
-    return out
-
-
-def _check_same(config: FinetuneConfig, facts: Facts, out: Path) -> None:
-    try:
-        before = settings.from_json(FinetuneConfig, (out / CONFIG).read_text(encoding="utf-8"))
-        told = json.loads((out / SPLIT).read_text(encoding="utf-8"))
-    except (ConfigError, TypeError, ValueError, OSError) as error:
-        raise RunError(
-            f"{out}: holds something else than a fine-tuning ({str(error).rstrip('.')}); give "
-            "another --out."
-        ) from error
-    ours, theirs = settings.identity(config), settings.identity(before)
-    for name in PLACES:
-        ours.pop(name), theirs.pop(name)
-    differing = settings.differences(theirs, ours)
-    for name, value in facts.hashes().items():
-        if told.get(name) != value:
-            what = name.removesuffix("_sha256")
-            differing.append(f"{what}: {str(told.get(name))[:12]} -> {value[:12]}")
-    if differing:
-        raise RunError(
-            f"{out}: holds a fine-tuning of another kind ({'; '.join(differing)}); repeat its "
-            "flags, or give another --out."
-        )
+    labels = sorted(zip(task.names, np.asarray(task.values).tolist(), strict=True))
+    names = tuple(sorted(task.names[i] for i in train))
+    used = sorted(task.names[i] for i in (*train, *split.validation, *split.test))
+    assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
+    digests = replace(task.images, names=tuple(used)).digests(threads)
+    images = [[name, digest.hex()] for name, digest in zip(used, digests, strict=True)]
+    return Facts(
+        encoder.sha256,
+        split.sha256,
+        _sha256([labels, list(task.classes)]),
+        _sha256(images),
+        names,
+    )
 
 
 def write_model(
@@ -244,10 +206,6 @@ def as_csv(rows: list[list[str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _begun(name: str) -> bool:
-    return name in BEGUN or name.startswith((f".{SPLIT}.", f".{CONFIG}."))
 
 
 def _sha256(content: Any) -> str:

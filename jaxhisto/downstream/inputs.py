@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto.config import DataConfig, TileConfig
+from jaxhisto.console import warn
 from jaxhisto.data import images
 from jaxhisto.data.loader import cores
 from jaxhisto.data.named_images import centre_square
@@ -32,6 +33,7 @@ FLAGS = {
     "failures-allowed": "--failures-allowed",
     "exclude": "--exclude",
 }
+NOTES = 20  # lines that are said of slides
 Block = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
@@ -66,7 +68,12 @@ def open_inputs(config: EmbedConfig, side: int) -> Tiles:
         config.tiles, "", tile_px=side, failures_allowed=config.failures_allowed,
         **dataclasses.asdict(config.cut),
     )  # fmt: skip
-    return Tiles([SlidesSource(cut, config.threads)], data)
+    source = SlidesSource(cut, config.threads)
+    for note in source.notes[:NOTES]:
+        warn(note)
+    if len(source.notes) > NOTES:
+        warn(f"and {len(source.notes) - NOTES:,} more notes; `jaxhisto tile` writes all of them")
+    return Tiles([source], data)
 
 
 def read_blocks(

@@ -43,11 +43,12 @@ def colours(classes: int) -> Pixels:
 class MaskPNG:
     """Writes a PNG of class ids row by row; its palette shows the classes in `colours`.
 
-    The file appears whole or not at all: under another name until `close`.
+    The file appears whole or not at all: under another name until `close`, which is always the
+    same, so that what a kill left of it is not left for ever.
     """
 
     def __init__(self, path: Path, height: int, width: int, classes: int) -> None:
-        self.path, self._half = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self.path, self._half = path, path.with_name(f".{path.name}.half")
         self._rows, self._width = height, width
         self._squeeze, self._held = zlib.compressobj(6), bytearray()
         try:

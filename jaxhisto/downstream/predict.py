@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxhisto import __version__
 from jaxhisto.config import TileConfig
 from jaxhisto.console import say
 from jaxhisto.data.images import SUFFIXES, ImageError, decode_image
 from jaxhisto.data.named_images import read_bytes
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.painting import MaskPNG, Overlay, with_legend, write_png
+from jaxhisto.downstream.predictions import (
+    NOWHERE,
+    cannot_write,
+    mask_path,
+    open_predictions,
+    overlay_path,
+)
 from jaxhisto.downstream.tiled import (
     Band,
     ImageRaster,
@@ -30,29 +35,30 @@ from jaxhisto.downstream.tiled import (
     windows_of,
 )
 from jaxhisto.downstream.unet_predict import TrainedUNet, make_predict, open_unet
-from jaxhisto.errors import ConfigError, RunError, StoreError
-from jaxhisto.runlog import Progress, write_atomically
+from jaxhisto.errors import ConfigError, StoreError
+from jaxhisto.progress import Progress
 from jaxhisto.slides import reader
 from jaxhisto.slides.finding import find_slides
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.raster import SlideRaster
+from jaxhisto.slides.slide_files import file_stamp
 from jaxhisto.training_config import PredictConfig
-
-NOWHERE = 255
-"""In the mask of a slide: the file has no pixel here."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """An image or a slide: its file, what its results are called, and, of a slide, `given`."""
+    """An image or a slide: its file, what its results are called, what tells whether it was
+    changed, and, of a slide, `given`."""
 
     path: Path
     name: str
+    stamp: str
     given: GivenPixelSize | None = None
 
 
 def predict(config: PredictConfig) -> list[dict[str, Any]]:
-    """Writes OUT/NAME.mask.png, OUT/NAME.overlay.png and OUT/predictions.json.
+    """Writes OUT/NAME.mask.png, OUT/NAME.overlay.png and OUT/predictions.json; what an earlier
+    start of the same line finished is kept.
 
     Returns:
       The entries of predictions.json, one an input.
@@ -61,28 +67,48 @@ def predict(config: PredictConfig) -> list[dict[str, Any]]:
       ConfigError: windows that do not cover an image, slides without a pixel size to read them at.
       StoreError, SlideError: inputs that are not there or cannot be read.
       ExportError: no UNet.
-      RunError: results that are there already.
+      RunError: results that are there already and were made otherwise; see `open_predictions`.
     """
     unet = open_unet(config.unet)
     windows = windows_of(config.window_px or unet.tile_px, config.overlap_px, config.margin_px)
     inputs = find_inputs(config)
     out = Path(config.out)
-    refuse_to_replace(inputs, out, config.force)
     mesh = make_mesh(config.devices)
     batch = -(-config.batch // mesh.size) * mesh.size
     network = make_predict(
         unet.arch, len(unet.class_names), unet.params, unet.batch_stats, unet.mean, unet.std, mesh
     )
-    out.mkdir(parents=True, exist_ok=True)
     found = []
-    for one in inputs:
-        with opened(one, config, unet) as raster:
-            entry = predict_one(one, raster, network, unet, windows, batch, config)
-        found.append(entry)
-        shares = ", ".join(f"{n} {s:.1%}" for n, s in entry["shares"].items())
-        say(f"{out / one.name}.mask.png: {entry['width']} x {entry['height']} px, {shares}")
-        write_atomically(out / "predictions.json", json.dumps(record_of(unet, found), indent=1))
+    stamps = {one.name: one.stamp for one in inputs}
+    with open_predictions(out, how(config, unet, windows), stamps, config.force) as done:
+        if kept := sum(done.kept(name) is not None for name in stamps):
+            say(f"{out}: {kept:,} of {len(inputs):,} masks are there, going on")
+        for one in inputs:
+            entry = done.kept(one.name)
+            if entry is None:
+                with opened(one, config, unet) as raster:
+                    entry = predict_one(one, raster, network, unet, windows, batch, config)
+                done.add(entry)
+                shares = ", ".join(f"{n} {s:.1%}" for n, s in entry["shares"].items())
+                size = f"{entry['width']} x {entry['height']} px"
+                say(f"{mask_path(out, one.name)}: {size}, {shares}")
+            found.append(entry)
     return found
+
+
+def how(config: PredictConfig, unet: TrainedUNet, windows: Windows) -> dict[str, Any]:
+    """What makes two predictions of one input the same."""
+    return {
+        "unet_sha256": unet.sha256,
+        "classes": list(unet.class_names),
+        "kind": config.kind,
+        "tile_mpp": config.tile_mpp,
+        "mpp": config.mpp,
+        "window_px": windows.side,
+        "overlap_px": windows.overlap,
+        "margin_px": windows.margin,
+        "overlay": [config.overlay_px, config.opacity] if config.overlay else None,
+    }
 
 
 def predict_one(
@@ -97,12 +123,17 @@ def predict_one(
     """Predicts one input in bands of rows, each written as soon as it is done."""
     classes, began = len(unet.class_names), time.perf_counter()
     height, width = raster.height, raster.width
-    base = Path(config.out) / one.name
-    base.parent.mkdir(parents=True, exist_ok=True)
+    path = mask_path(Path(config.out), one.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path.parent, error) from error
     overlay = Overlay(height, width, classes, config.overlay_px, config.opacity)
     counts = np.zeros(NOWHERE + 1, np.int64)
-    progress = Progress(f"predicting {one.name}, row", height, every=height)
-    with MaskPNG(base.with_name(base.name + ".mask.png"), height, width, classes) as mask:
+    with (
+        Progress(f"predict {one.name}", height, unit="rows") as progress,
+        MaskPNG(path, height, width, classes) as mask,
+    ):
         for band in predict_bands(raster, network, classes, windows, batch):
             ids = ids_of(band, raster)
             mask.write(ids)
@@ -110,15 +141,15 @@ def predict_one(
                 overlay.write(band.rgb, ids)
             counts += np.bincount(ids.reshape(-1), minlength=len(counts))
             progress.update(band.y + len(ids))
-    progress.close()
     shares = counts[:classes] / max(int(counts[:classes].sum()), 1)
     if config.overlay:
         picture = with_legend(overlay.picture(), unet.class_names, shares.tolist())
-        write_png(base.with_name(base.name + ".overlay.png"), picture)
+        write_png(overlay_path(Path(config.out), one.name), picture)
     of_slide = isinstance(raster, SlideRaster)
     return {
         "name": one.name,
         "file": one.path.name,
+        "stamp": one.stamp,
         "width": width,
         "height": height,
         "mpp": raster.mpp if isinstance(raster, SlideRaster) else None,
@@ -126,9 +157,6 @@ def predict_one(
         "shares": {n: float(s) for n, s in zip(unet.class_names, shares, strict=True)},
         "not_in_the_file": int(counts[NOWHERE]) if of_slide else 0,
         "unreadable": raster.unreadable if isinstance(raster, SlideRaster) else 0,
-        "window_px": windows.side,
-        "overlap_px": windows.overlap,
-        "margin_px": windows.margin,
         "seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -203,45 +231,26 @@ def find_inputs(config: PredictConfig) -> list[Input]:
     return found
 
 
-def refuse_to_replace(inputs: Sequence[Input], out: Path, force: bool) -> None:
-    """Refuses results that are there.
-
-    Raises:
-      RunError: without --force, some are.
-    """
-    masks = [out / f"{one.name}.mask.png" for one in inputs]
-    there = [path for path in masks if path.exists()]
-    if there and not force:
-        raise RunError(
-            f"{there[0]}: is there already ({len(there)} of {len(masks)} masks are); pass --force "
-            "to replace them, or another --out."
-        )
-
-
-def record_of(unet: TrainedUNet, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """What predictions.json holds."""
-    return {
-        "format": "jaxhisto-predictions-1",
-        "unet_sha256": unet.sha256,
-        "classes": list(unet.class_names),
-        "nowhere": NOWHERE,
-        "code_version": __version__,
-        "inputs": found,
-    }
-
-
 def _images(path: Path) -> list[Input]:
     if path.is_file():
-        return [Input(path, path.stem)]
+        return [Input(path, path.stem, file_stamp(path))]
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise StoreError(f"{path}: has no images ({', '.join(SUFFIXES)}); name another folder.")
-    return [Input(p, str(p.relative_to(path).with_suffix(""))) for p in files]
+    return [Input(p, str(p.relative_to(path).with_suffix("")), file_stamp(p)) for p in files]
 
 
 def _slides(config: PredictConfig, path: Path) -> list[Input]:
     jobs = find_slides(TileConfig((str(path),), "", mpp=config.mpp))
-    return [Input(job.path, str(Path(job.id).with_suffix("")), job.given) for job in jobs]
+    return [
+        Input(
+            job.path,
+            str(Path(job.id).with_suffix("")),
+            file_stamp(job.path, job.others),
+            job.given,
+        )
+        for job in jobs
+    ]
 
 
 def _holds_slides(path: Path) -> bool:

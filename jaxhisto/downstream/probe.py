@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from jaxhisto import __version__, metrics
 from jaxhisto.console import say
 from jaxhisto.data.features import read_features
-from jaxhisto.data.named_images import centre_square
+from jaxhisto.data.labelled import few
+from jaxhisto.data.named_images import NamedImages, centre_square
 from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import open_encoder
@@ -51,24 +52,27 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
       StoreError: features, task or split that are not as they should be, or another encoder's.
       ExportError: no such encoder.
     """
+    out = Path(config.out)
+    if out.is_dir():
+        raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'probe.json'}.")
     task = open_task(config.task)
     if task.kind == "segmentation":
         raise ConfigError(
             f"{task.name}: is a segmentation task, which has no features a tile; "
             "`jaxhisto segment` trains on it."
         )
+    say("\n".join(task.summary()))
     split = task_split(task, config.task)
-    say("\n".join([*task.summary(), split.summary()]))
+    say(split.summary())
     rows = cached(config, task) if _is_features(config.features) else computed(config, task)
     data = divided(task, split, rows.x, config)
     settings = settings_of(config, rows.of["arch"])
-    if len(data.train) < config.batch:
+    if "last_layer" in config.probes and len(data.train) < config.batch:
         say(f"{len(data.train):,} training images are fewer than a batch of {config.batch}: one "
             "batch an epoch")  # fmt: skip
     found = [probe(name, data, settings) for name in config.probes]
     record = record_of(config, task, split, rows, data, settings, found)
     say(table(found, data))
-    out = Path(config.out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_split(out.with_name(f"split-{out.stem}.json"), split, task)
@@ -84,8 +88,13 @@ def cached(config: ProbeConfig, task: Task) -> Rows:
     """The rows of the task's images in a file of features.
 
     Raises:
-      StoreError: another encoder's, or images that are not in it.
+      StoreError: another encoder's, or images that are not in it or are others by now.
     """
+    if not config.encoder and (config.mean or config.std):
+        raise ConfigError(
+            f"--mean and --std: are for an encoder, and {config.features} holds features; leave "
+            "them out."
+        )
     with read_features(config.features) as found:
         if config.encoder:
             encoder = open_encoder(config.encoder, config.mean, config.std)
@@ -111,8 +120,27 @@ def cached(config: ProbeConfig, task: Task) -> Rows:
                     f"{config.features}: has {len(twice):,} names twice (the first, {twice[0]}); "
                     "embed the task's folder alone."
                 )
-        x = found.all()[[row[name] for name in task.names]]
+        rows = [row[name] for name in task.names]
+        if found.contents is not None:
+            _check_contents(config, task, found.contents[rows])
+        x = found.all()[rows]
         return Rows(x, {**found.attributes})
+
+
+def _check_contents(config: ProbeConfig, task: Task, known: NDArray[np.uint8]) -> None:
+    """Refuses features of images that are others by now; `known` (n, 32) are their sha256.
+
+    Raises:
+      StoreError: some are.
+    """
+    assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
+    here = np.frombuffer(b"".join(task.images.digests(config.threads)), np.uint8)
+    changed = np.flatnonzero((here.reshape(known.shape) != known).any(1))
+    if len(changed):
+        raise StoreError(
+            f"{config.features}: is of other images than {task.name} has now: {len(changed):,} of "
+            f"{len(task):,} differ ({few([task.names[i] for i in changed])}); embed them again."
+        )
 
 
 def computed(config: ProbeConfig, task: Task) -> Rows:
@@ -217,14 +245,8 @@ def table(found: list[Probed], data: Divided) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
              for row in cells]  # fmt: skip
-    groups = data.groups_of(data.test)
-    by = metrics.drawn_by(groups)
-    note = f"[95 % bootstrap interval over {len(data.test):,} test images"
-    if by == "group":
-        note += f", drawn by {len(set(groups or ())):,} groups"
-    elif groups:
-        note += ", all of one group: it says nothing of other groups"
-    return "\n".join([*lines, f"{note}]"])
+    note = metrics.told(len(data.test), data.groups_of(data.test))
+    return "\n".join([*lines, f"[{note}]"])
 
 
 def _is_features(name: str) -> bool:

@@ -46,7 +46,7 @@ Matrices = NDArray[np.int64]
 def segment(config: SegmentConfig) -> dict[str, Any]:
     """Trains, scores the test images, and writes the run folder.
 
-    RUN holds config.json, data.json, env.json, split.json, metrics.jsonl, checkpoints/ until the
+    RUN holds config.json, facts.json, env.json, split.json, metrics.jsonl, checkpoints/ until the
     end, unet.safetensors with its golden file, predictions.png, and last result.json. A run that
     has it is done: nothing is trained again.
 
@@ -94,13 +94,13 @@ class Ready:
     encoder: Encoder
 
     def facts(self) -> dict[str, Any]:
-        """What stands in data.json, and must be the same for a run to go on."""
+        """What stands in facts.json, and must be the same for a run to go on."""
         return {
             "task": self.task.name,
             "classes": list(self.task.classes),
             "split": self.split.sha256,
             "encoder": self.encoder.sha256,
-            "pixels": {name: of.sha256 for name, of in self.looked.items()},
+            **{f"{name}_pixels": of.sha256 for name, of in self.looked.items()},
         }
 
 
@@ -108,9 +108,10 @@ def prepare(config: SegmentConfig) -> Ready:
     """Reads task, split and encoder, and each image once."""
     task = open_task(config.task)
     check_task(task)
+    say("\n".join(task.summary()))
     split = task_split(task, config.task)
+    say(split.summary())
     encoder = open_unet_encoder(config)
-    say("\n".join([*task.summary(), split.summary()]))
     rows = split.train
     if config.percent < 100:
         seed = config.training.seed
@@ -279,7 +280,7 @@ def result_of(
         "arch": encoder.arch,
         "freeze": config.freeze,
         "split_sha256": split.sha256,
-        "images": {part: len(split.part(part)) for part in ("train", "validation", "test")},
+        "images": {part: len(of.sizes) for part, of in ready.looked.items()},
         "percent": config.percent,
         "repeat": config.repeat,
         "epoch": fitted.epoch,
@@ -291,6 +292,7 @@ def result_of(
             for name, interval in found.items()
         },
         "bootstrap_by": metrics.drawn_by(groups),
+        "intervals": metrics.told(len(matrices), groups),
         "per_class": [
             {"class": name, "f1": _number(f1), "iou": _number(iou), "pixels": int(pixels)}
             for name, f1, iou, pixels in zip(
@@ -314,7 +316,7 @@ def table(result: dict[str, Any]) -> str:
     for one in result["per_class"]:
         f1 = "is nowhere" if one["f1"] is None else f"F1 {one['f1']:.3f}"
         lines.append(f"  {one['class']}: {f1}, {one['pixels']:,} pixels")
-    lines.append(f"(intervals: 95 %, bootstrap by {result['bootstrap_by']})")
+    lines.append(f"[{result['intervals']}]")
     return "\n".join(lines)
 
 

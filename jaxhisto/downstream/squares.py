@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from jaxhisto.tasks.task import Task
 
 Rows = NDArray[np.int64]
+Squares = Callable[[Rows], NDArray[np.uint8]]
 
 
-def squares(
-    task: Task, side: int, rows: int, cache_gb: float, threads: int
-) -> Callable[[Rows], NDArray[np.uint8]]:
+def squares(task: Task, side: int, rows: int, cache_gb: float, threads: int) -> Squares:
     """What gives images (m, side, side, 3) uint8 by row, as `Task.load`; not from two threads.
 
     Args:

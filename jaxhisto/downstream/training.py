@@ -42,7 +42,8 @@ from jaxhisto.errors import RunError
 from jaxhisto.pretrain.folder import locked
 from jaxhisto.pretrain.step import replicate
 from jaxhisto.pretrain.stopping import Stopped, StopRequest, stop_requests
-from jaxhisto.runlog import Progress, append_line, keep_steps
+from jaxhisto.progress import Progress
+from jaxhisto.runlog import append_line, keep_steps
 from jaxhisto.training_config import TrainingConfig
 
 Tree = dict[str, Any]
@@ -157,7 +158,7 @@ class _Loop:
             keep_steps(self.out / "metrics.jsonl", start)
         fixed = replicate(self.learner.fixed, self.mesh)
         step, outcomes = make_step(self.learner, self.tx, self.config), make_outcomes(self.learner)
-        progress = Progress(self.verb, epochs * each, start, self.config.log_every)
+        progress = Progress(self.verb, epochs * each, start, every=self.config.log_every)
         try:
             for epoch in range(start // each, epochs):
                 if self._had_enough(state, epoch):

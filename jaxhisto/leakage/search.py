@@ -26,7 +26,7 @@ from jaxhisto.file_config import LeakageConfig
 from jaxhisto.leakage import hashes, names
 from jaxhisto.leakage.hamming import HammingIndex
 from jaxhisto.leakage.parts import ASKED, INDEXED, Common, Keypoints, PartIndex, compared, keypoints
-from jaxhisto.runlog import Progress
+from jaxhisto.progress import Progress
 
 T = TypeVar("T")
 Place = tuple[int, int]

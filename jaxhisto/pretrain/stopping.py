@@ -23,6 +23,7 @@ from jaxhisto.errors import RunError
 from jaxhisto.launch import MEMBER
 from jaxhisto.supervise import REPEAT_S
 
+EARLY = "stopped before the first step"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -39,9 +40,11 @@ class _EndsStart(BaseException):
 class StopRequest:
     """Whether the run was asked to stop, and what to do about it at this time."""
 
-    def __init__(self, out: str, at_once: bool = False, verb: str = "pretrain") -> None:
+    def __init__(
+        self, out: str, at_once: bool = False, verb: str = "pretrain", fact: str = EARLY
+    ) -> None:
         self._verb = verb
-        self._sentence = f"{out}: stopped before the first step; start the same line again."
+        self._sentence = f"{out}: {fact}; start the same line again."
         self._asked = threading.Event()
         self._first = 0.0
         self._starting, self._at_once = True, at_once
@@ -103,7 +106,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(out: str, at_once: bool = False, verb: str = "pretrain") -> Iterator[StopRequest]:
+def stop_requests(
+    out: str, at_once: bool = False, verb: str = "pretrain", fact: str = EARLY
+) -> Iterator[StopRequest]:
     """Listens to SIGTERM and SIGINT until the block ends; in other threads than the main, to none.
 
     Nor in one of several processes that train together: there JAX listens to SIGTERM, so that all
@@ -114,11 +119,12 @@ def stop_requests(out: str, at_once: bool = False, verb: str = "pretrain") -> It
       at_once: a request ends the process where it is, since nothing in the block is half of
         anything: what it may fetch or convert is renamed into its place when whole.
       verb: of the run, for the sentence.
+      fact: what the sentence says of a request at once, or before the first step.
 
     Raises:
       Stopped: asked to stop before the first step.
     """
-    stop = StopRequest(out, at_once, verb)
+    stop = StopRequest(out, at_once, verb, fact)
     if threading.current_thread() is not threading.main_thread() or MEMBER in os.environ:
         yield stop
         return

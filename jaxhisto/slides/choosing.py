@@ -15,7 +15,7 @@ from jaxhisto.config import TileConfig
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.fit import fit_note
 from jaxhisto.slides.foreground import MASK_MPP, detect, foreground, shares
-from jaxhisto.slides.pen import MOST, pen_marks
+from jaxhisto.slides.pen import MOST, ink_note, pen_marks
 from jaxhisto.slides.reader import Flags, Overview, Pixels, Scale, Slide
 
 
@@ -67,6 +67,11 @@ class Choice:
     unsure: Flags
     rejected: dict[str, int]
     fit: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the mask: a stain or ink that the rules do not fit."""
+        return tuple(filter(None, (self.fit, ink_note(self.ink, self.mask))))
 
 
 def choose_cells(slide: Slide, slide_id: str, config: TileConfig) -> Choice:

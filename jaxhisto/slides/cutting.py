@@ -23,7 +23,6 @@ from jaxhisto.data.store_writer import (
 )
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.choosing import Choice, choose_cells, no_tile, own_reason, small
-from jaxhisto.slides.pen import ink_note
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import Overview, Pixels, RegionError, Scale, Slide
 from jaxhisto.slides.report import fitted, slide_section
@@ -121,7 +120,7 @@ def _cut(slide: Slide, job: Job, file: dict[str, str]) -> dict[str, Any]:
         "notes": [
             *slide.notes,
             *_damage(draw),
-            *filter(None, (choice.fit, ink_note(choice.ink, choice.mask))),
+            *choice.notes,
             *_passed_through(slide, config, choice.scale, draw),
         ],
         "tile_mpp": choice.scale.mpp,

@@ -38,6 +38,8 @@ class Chosen:
       corners: (n, 2) int64, x and y of the top-left corners in level-0 px.
       sha256: of the file.
       lost: cells that cannot be read and are left out.
+      notes: what `jaxhisto tile` says of the slide too: a pixel size that was passed over, a
+        foreground rule or marker ink that does not fit.
     """
 
     job: Job
@@ -45,6 +47,7 @@ class Chosen:
     corners: NDArray[np.int64]
     sha256: str
     lost: int
+    notes: tuple[str, ...]
 
 
 class SlidesSource:
@@ -54,7 +57,7 @@ class SlidesSource:
     use from several threads, each of which opens slides for itself.
 
     Attributes: as `data.sources.Source` has them; `dropped` holds slides that were left out, and
-    how many cells of others.
+    how many cells of others; `notes` a line for what is to be known of those that are there.
 
     Raises:
       SlideError: no slide, or more than `failures_allowed` that cannot be read, have no pixel size
@@ -90,6 +93,7 @@ class SlidesSource:
             for job, error in zip(jobs, found, strict=True)
             if isinstance(error, SlideError)
         ]
+        self.notes = [f"{c.job.id}: note: {note}" for c in self._slides for note in c.notes]
         content = [
             [c.job.id, c.sha256, c.scale.mpp, config.tile_px, c.corners.tolist()]
             for c in self._slides
@@ -154,8 +158,13 @@ def _chosen_or_error(job: Job) -> Chosen | SlideError:
     try:
         return choose(job)
     except SlideError as error:
-        # As the verb here has them.
-        return SlideError(re.sub(rf"--({'|'.join(CUT_FLAGS)})\b", r"--cut.\1", str(error)))
+        return SlideError(_as_flags((str(error),))[0])
+
+
+def _as_flags(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """With the flags of `jaxhisto tile` as the verb here has them."""
+    flags = rf"--({'|'.join(CUT_FLAGS)})\b"
+    return tuple(re.sub(flags, r"--cut.\1", text) for text in texts)
 
 
 def choose(job: Job) -> Chosen:
@@ -171,6 +180,7 @@ def choose(job: Job) -> Chosen:
     corners: list[tuple[int, int]] = []
     with Slide(job.path, job.given) as slide:
         choice = choose_cells(slide, job.id, config)
+        notes = _as_flags((*slide.notes, *choice.notes))
         rejected = dict.fromkeys(REASONS, 0) | choice.rejected
         for cell in choice.cells.tolist():
             if config.max_tiles and len(corners) == config.max_tiles:
@@ -189,4 +199,5 @@ def choose(job: Job) -> Chosen:
     if not corners:
         raise SlideError(no_tile(job.path, config, choice, rejected))
     lost = rejected["unreadable"] + rejected["transparent"]
-    return Chosen(job, choice.scale, np.array(corners, np.int64).reshape(-1, 2), sha256, lost)
+    at = np.array(corners, np.int64).reshape(-1, 2)
+    return Chosen(job, choice.scale, at, sha256, lost, notes)

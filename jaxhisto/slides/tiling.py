@@ -21,7 +21,7 @@ from jaxhisto.slides.cohort_report import same_content, write_report
 from jaxhisto.slides.cutting import Cut, Job, cut_slide
 from jaxhisto.slides.disk import check_disk
 from jaxhisto.slides.finding import find_slides, linked_twice, misspelt, processes_of
-from jaxhisto.slides.progress import Progress
+from jaxhisto.slides.progress import SlideProgress
 
 LINES = 60  # of a kind that are printed; report.csv has all
 # Per slide, not per store: a slide is cut again when its own pixel size has changed.
@@ -117,7 +117,7 @@ def tile(config: TileConfig) -> TileResult:
         _refuse_shrinking(writer, jobs)
         jobs = [dataclasses.replace(job, known=writer.finished(job.id)) for job in jobs]
         check_disk(jobs, config, writer.stored_bytes(), processes_of(config))
-        with Progress(len(jobs)) as progress:
+        with SlideProgress(len(jobs)) as progress:
             cuts, failures = _cut_all(jobs, config, progress)
         if not cuts:
             raise SlideError(_all_failed(failures))
@@ -169,7 +169,7 @@ def _refuse_shrinking(writer: StoreWriter, jobs: Sequence[Job]) -> None:
 
 
 def _cut_all(
-    jobs: list[Job], config: TileConfig, progress: Progress
+    jobs: list[Job], config: TileConfig, progress: SlideProgress
 ) -> tuple[dict[str, Cut], list[Failure]]:
     """Cuts every slide; a failing one costs only itself, an unwritable store ends the run."""
     cuts: dict[str, Cut] = {}

@@ -21,8 +21,8 @@ from jaxhisto.distributed import make_mesh
 from jaxhisto.downstream.embed import features_of
 from jaxhisto.downstream.encoders import Encoder, open_encoder
 from jaxhisto.downstream.inputs import in_threads
-from jaxhisto.downstream.progress import Progress
 from jaxhisto.errors import ConfigError, ExportError, JaxhistoError, StoreError
+from jaxhisto.progress import Progress
 from jaxhisto.study.cells import Entry, Ready, applies
 from jaxhisto.study.file import Study, rooted_encoder, rooted_task
 from jaxhisto.study.hashes import task_hashes

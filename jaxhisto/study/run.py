@@ -15,10 +15,10 @@ from pathlib import Path
 
 from jaxhisto import __version__
 from jaxhisto.console import counted, say, warn
-from jaxhisto.downstream.progress import Progress
 from jaxhisto.downstream_config import StudyConfig
 from jaxhisto.errors import ConfigError, JaxhistoError, RunError, StoreError
 from jaxhisto.pretrain.stopping import Stopped
+from jaxhisto.progress import Progress
 from jaxhisto.runlog import environment, write_atomically
 from jaxhisto.study.cells import (
     Cell,
@@ -92,7 +92,7 @@ def compute(cells: Sequence[Cell], out: Path) -> list[tuple[str, str]]:
     failures: list[tuple[str, str]] = []
     waiting = [cell for cell in cells if read_cell(cell) is None]
     done = len(cells) - len(waiting)
-    with Progress("study", len(cells), done, "cells") as progress:
+    with Progress("study", len(cells), done, unit="cells") as progress:
         for cell in waiting:
             found = _outcome(cell)
             if isinstance(found, Outcome):

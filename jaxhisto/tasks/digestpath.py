@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.labelled import few
 from jaxhisto.data.named_images import NamedImages
@@ -43,9 +44,9 @@ def digestpath2019(config: TaskConfig) -> Task:
     missing = sorted(n for n, image in masks.items() if image not in there)
     notes = [*count_note(len(names), 250)]
     if missing:
-        notes.append(f"{len(missing):,} masks without their image: {few(missing)}")
+        notes.append(f"{counted(len(missing), 'mask')} without their image: {few(missing)}")
     if bare:
-        notes.append(f"{len(bare):,} images without a mask: {few(bare)}")
+        notes.append(f"{counted(len(bare), 'image')} without a mask: {few(bare)}")
     if not names:
         raise StoreError(f"{folder}: no image NAME.jpg with NAME_mask.jpg; unpack both.")
     mask_of = {image: mask for mask, image in masks.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.labelled import Labelled, few, read_labelled
 from jaxhisto.data.named_images import NamedImages
@@ -132,9 +133,10 @@ def breastpathq(config: TaskConfig) -> Task:
         missing = [n for n in rows if n not in there]
         bare = sorted(there - set(rows))
         if missing:
-            notes.append(f"{table_name}: {len(missing):,} rows without image: {few(missing)}")
+            lost = counted(len(missing), "row")
+            notes.append(f"{table_name}: {lost} without image: {few(missing)}")
         if bare:
-            notes.append(f"{part}: {len(bare):,} images without a score: {few(bare)}")
+            notes.append(f"{part}: {counted(len(bare), 'image')} without a score: {few(bare)}")
     if len(set(values)) < 2:
         raise StoreError(f"{root}: its patches have fewer than two cellularities; unpack all.")
     return Task(
@@ -188,7 +190,7 @@ def _check_bach_labels(photos: Path, found: Labelled) -> tuple[str, ...]:
     bare = [n for n in folders if n not in rows]
     notes = []
     if missing:
-        notes.append(f"{BACH_LABELS}: {len(missing):,} rows without image: {few(missing)}")
+        notes.append(f"{BACH_LABELS}: {counted(len(missing), 'row')} without image: {few(missing)}")
     if bare:
         notes.append(f"{len(bare):,} images are not in {BACH_LABELS}: {few(bare)}")
     return tuple(notes)

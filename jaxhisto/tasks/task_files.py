@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
-from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled
+from jaxhisto.data.labelled import Labelled, few, label_rows, read_labelled, strangers
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.task_config import TaskConfig
@@ -105,8 +106,8 @@ def numbers(table: Path, rows: Sequence[tuple[str, str]], what: str) -> list[flo
     ]
     if bad:
         raise StoreError(
-            f"{table}: {len(bad):,} cells of {what} are no numbers ({few(bad)}); mend them, or "
-            "empty them to leave these images out."
+            f"{table}: no number in {counted(len(bad), 'cell')} of {what} ({few(bad)}); mend it, "
+            "or empty the cells to leave these images out."
         )
     return values
 
@@ -136,6 +137,8 @@ def _regression(config: TaskConfig) -> Task:
     there = image_names(folder)
     rows = label_rows(table, folder, config.file, config.target, config.group)
     images = set(there)
+    if rows and not images.intersection(rows):
+        raise StoreError(strangers(table, folder, list(rows), there))
     used = [(n, target) for n, (target, _) in rows.items() if n in images and target]
     values = numbers(table, used, config.target)
     if len(used) < 2 or len(set(values)) < 2:
@@ -266,8 +269,8 @@ def _by_stem(masks: Path) -> dict[str, str]:
 def _left_out(missing: Sequence[str], bare: Sequence[str], what: str) -> tuple[str, ...]:
     lines = []
     if missing:
-        rows = "masks" if what == "a mask" else "rows"
-        lines.append(f"{len(missing):,} {rows} without their image: {few(missing)}")
+        row = "mask" if what == "a mask" else "row"
+        lines.append(f"{counted(len(missing), row)} without their image: {few(missing)}")
     if bare:
-        lines.append(f"{len(bare):,} images without {what}: {few(bare)}")
+        lines.append(f"{counted(len(bare), 'image')} without {what}: {few(bare)}")
     return tuple(lines)

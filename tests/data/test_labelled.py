@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -63,7 +64,7 @@ def test_rows_without_image_and_images_without_row_are_counted_and_named(folder,
     assert found.missing == ("d/9.png",)
     assert found.unlabelled == ("a/0.png", "a/1.png")  # no row; a row with an empty label
     assert len(found) == 18
-    assert "1 rows without their image: d/9.png" in found.summary()
+    assert "1 row without their image: d/9.png" in found.summary()
     assert "2 images without a label: a/0.png, a/1.png" in found.summary()
 
 
@@ -110,13 +111,19 @@ def test_absolute_names_bom_and_tabs(folder, rows, tmp_path):
         ({3: ("a", "a/3.png", "stroma", "x")}, {}, "line 5 does not have 3 cells"),
         ({3: ("", "a/3.png", "stroma")}, {"group": "section"}, "line 5 has no section"),
         ({"header": ("section", "file", "file")}, {}, "two columns 'file'"),
+        ({"mark": ";"}, {}, "its columns are parted by semicolons; save it with commas"),
+        ({"mark": "\t"}, {}, r"parted by tabs; save it with commas, or with tabs as \.tsv"),
+        ({"header": ()}, {}, "is empty; give a table with a header"),
     ],
 )
 def test_a_table_that_is_not_sound_is_refused(folder, rows, tmp_path, change, options, said):
-    header = change.pop("header", HEADER) if "header" in change else HEADER
+    change, mark = dict(change), change.get("mark", ",")
+    change.pop("mark", None)
+    header = change.pop("header", HEADER)
+    rows = rows if header else []
     for i, row in change.items():
         rows[i] = row
-    table = write_csv(tmp_path / "labels.csv", [header, *rows])
+    table = write_csv(tmp_path / "labels.csv", [header, *rows], delimiter=mark)
     options = {"label": "tissue_class"} | options
     with pytest.raises(StoreError, match=said):
         read_labelled(folder, table, **options)
@@ -125,8 +132,20 @@ def test_a_table_that_is_not_sound_is_refused(folder, rows, tmp_path, change, op
 def test_sets_in_which_nothing_can_be_told_apart_are_refused(folder, rows, tmp_path):
     with pytest.raises(StoreError, match="all 20 images are tumour; a probe needs two classes"):
         read(folder, [(s, n, "tumour") for s, n, _ in rows], tmp_path)
-    with pytest.raises(StoreError, match="no image has a label"):
+    with pytest.raises(
+        StoreError, match=r"none of its 20 names .* 'xa/0.png'; images are called 'a/0"
+    ):
         read(folder, [(s, f"x{n}", c) for s, n, c in rows], tmp_path)
+    with pytest.raises(StoreError, match="no image has a label"):
+        read(folder, [(s, n, "") for s, n, _ in rows], tmp_path)
+    accented = tmp_path / "accented"
+    for group, name, label in rows:
+        target = accented / label / f"\u00fc{group}{Path(name).name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / name).read_bytes())
+    apart = [(s, f"{c}/u\u0308{s}{Path(n).name}", c) for s, n, c in rows]
+    with pytest.raises(StoreError, match="but for how accents are encoded"):
+        read(accented, apart, tmp_path)
     with pytest.raises(StoreError, match="does not exist"):
         read_labelled(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="cannot be read as CSV"):

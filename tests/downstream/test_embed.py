@@ -258,6 +258,25 @@ def test_refusals_name_this_verbs_flags(place, jaxhisto, tmp_path):
     assert said.endswith("take the folder out of the tiles given or change --exclude.")
 
 
+def test_a_stain_that_the_rule_does_not_fit_is_told_once_a_slide(jaxhisto, tmp_path):
+    """As `jaxhisto tile` tells it, with the flags of this verb."""
+    pixels = np.full((512, 1024, 3), 242, np.uint8)
+    noise = np.random.default_rng(0).integers(-6, 7, (400, 400, 3))
+    pixels[56:456, 56:456] = np.array([225, 150, 195]) + noise
+    pixels[56:456, 568:968] = np.array([95, 110, 165]) + noise
+    for name in ("a.tif", "b.tif"):
+        tifffile.imwrite(
+            tmp_path / name, pixels, tile=(64, 64), photometric="rgb", metadata=None,
+            resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
+        )  # fmt: skip
+    line = ("embed", "handmade", tmp_path, "--kind", "slides", "--out", tmp_path / "f.h5")
+    code, _, said = jaxhisto(*line, "--cut.max-tiles", 3, "--tile-px", 64)
+    assert code == 0, said
+    notes = [text for text in said.splitlines() if "note: " in text]
+    assert [text[:34] for text in notes] == [f"{n}.tif: note: ciga2022 keeps 50% of" for n in "ab"]
+    assert all(text.endswith("try --cut.foreground od") for text in notes)
+
+
 def test_a_whole_slide_is_cut_where_it_is_tissue(place, jaxhisto, tmp_path):
     rng = np.random.default_rng(0)
     pixels = np.full((96, 192, 3), 242, np.uint8)

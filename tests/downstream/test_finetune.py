@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,6 +174,28 @@ def test_classify_says_of_tiles_what_finetune_said(place, jaxhisto, tmp_path):
     assert "has no encoder.safetensors" in refusal(jaxhisto(*said))
 
 
+def test_classify_takes_images_whole_and_leaves_out_what_it_may(place, jaxhisto, tmp_path):
+    """As finetune took them: one of 576 px is the same image of 32 px, each pixel 18 by 18."""
+    small = tmp_path / "small" / "a.png"
+    large = tmp_path / "large" / "a.png"
+    pixels = open_task(config_of(place, tmp_path).task).images.read(0)
+    write_images(small.parent, {"a.png": pixels})
+    write_images(large.parent, {"a.png": pixels.repeat(18, 0).repeat(18, 1)})
+    rows = []
+    for folder in (small.parent, large.parent):
+        line = ("classify", place / "done", folder, "--out", tmp_path / "o.csv", "--devices", 1)
+        assert jaxhisto(*line, "--force")[0] == 0
+        rows += rows_of(tmp_path / "o.csv")
+    assert rows[0] == rows[1]
+    (small.parent / "b.png").write_bytes(small.read_bytes()[:99])
+    line = ("classify", place / "done", small.parent, "--out", tmp_path / "o.csv", "--force")
+    assert refusal(jaxhisto(*line)).endswith("or pass --failures-allowed 1 to go on without.")
+    code, said, _ = jaxhisto(*line, "--failures-allowed", 1, "--devices", 1)
+    assert code == 0
+    assert f"dropped {small.parent / 'b.png'}: " in said
+    assert rows_of(tmp_path / "o.csv") == rows[:1]
+
+
 def test_the_export_is_a_stock_classifier(place, jaxhisto, tmp_path):
     """torchvision's ResNet with `fc`, strictly loaded, gives the predictions that were written."""
     out = tmp_path / "model.pth"
@@ -234,11 +257,11 @@ def test_a_finished_folder_is_read_and_others_are_refused(place, jaxhisto, tmp_p
     assert "encoder: " in refusal(jaxhisto(*other))
     said = refusal(jaxhisto(*line(place, out, *STEP, "--task.split-seed", 2)))
     assert "task.split_seed: 0 -> 2; split: " in said
-    assert "is no fine-tuning" in refusal(jaxhisto(*line(place, place, *STEP)))
+    assert "is no run folder" in refusal(jaxhisto(*line(place, place, *STEP)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"steps": 3}')
     said = refusal(jaxhisto(*line(place, tmp_path / "other", *STEP)))
-    assert "holds something else than a fine-tuning (config.json: unknown key steps" in said
+    assert "holds a run of another verb or version (config.json: unknown key steps" in said
     assert (out / "result.json").stat().st_mtime_ns == before
 
 
@@ -248,6 +271,23 @@ def test_other_labels_of_the_same_images_are_refused(place, jaxhisto, tmp_path):
     flags = line(place, place / "done", *STEP, "--task.labels", tmp_path / "labels.csv")
     flags += ["--task.split", place / "done" / "split.json"]
     assert "labels: " in refusal(jaxhisto(*flags))
+
+
+def test_images_that_are_damaged_or_were_edited(place, jaxhisto, tmp_path):
+    """Found before training, those to test on too; a folder is of its images."""
+    images = Path(shutil.copytree(place / "images", tmp_path / "images"))
+    tested = read_json(place / "done" / "split.json")["test"][0]
+    flags = ("--task.data", images)
+    (images / tested).write_bytes((images / tested).read_bytes()[:99])
+    said = refusal(jaxhisto(*line(place, tmp_path / "out", *STEP, *flags)))
+    assert said.startswith(f"jaxhisto finetune: {images / tested}: ")
+    assert not (tmp_path / "out").exists()
+    shutil.copyfile(place / "images" / tested, images / tested)
+    assert jaxhisto(*line(place, place / "done", *STEP, *flags))[0] == 0  # of another date
+    other = next(p for p in images.iterdir() if p.name != tested)
+    shutil.copyfile(other, images / tested)
+    said = refusal(jaxhisto(*line(place, place / "done", *STEP, *flags)))
+    assert "other settings or data (images: " in said
 
 
 def test_an_encoder_that_cannot_be_trained(place, jaxhisto, tmp_path):

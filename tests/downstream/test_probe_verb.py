@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,38 @@ def test_features_that_are_no_numbers_or_not_there(place, jaxhisto, tmp_path):
     assert "lacks 1 of 41 images" in said
     assert "dark/99.png" in said
     assert not (tmp_path / "p.json").exists()
+
+
+def test_features_of_images_that_were_edited_since(place, jaxhisto, tmp_path):
+    """By their content: copies with another date are the same images."""
+    line = ("--probes", "knn", *FEW, "--out", tmp_path / "p.json")
+    same = Path(shutil.copytree(place / "images", tmp_path / "same", copy_function=shutil.copyfile))
+    assert jaxhisto("probe", place / "f.h5", "--task.data", same, *line)[0] == 0
+    (tmp_path / "p.json").unlink()
+    for name in ("dark/03.png", "light/07.png"):
+        shutil.copy(same / "dark/00.png", same / name)
+    said = refusal(jaxhisto("probe", place / "f.h5", "--task.data", same, *line))
+    assert "2 of 40 differ (dark/03.png, light/07.png); embed them again" in said
+    assert not (tmp_path / "p.json").exists()
+    before = Path(shutil.copy(place / "f.h5", tmp_path / "before.h5"))
+    with h5py.File(before, "r+") as file:  # as an earlier version wrote them
+        digests = [hashlib.sha256((place / "images" / n).read_bytes()).digest()
+                   for n in file["names"].asstr()[:]]  # fmt: skip
+        assert file["contents"][:].tobytes() == b"".join(digests)
+        del file["contents"]
+    assert jaxhisto("probe", before, "--task.data", same, *line)[0] == 0
+
+
+def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_path):
+    task = ("--task.data", place / "images")
+    feeding = ("--mean", 0, 0, 0, "--std", 1, 1, 1)
+    said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *feeding), 2)
+    assert "holds features; leave them out" in said
+    code, said, err = jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path)
+    assert (code, said) == (1, "")
+    assert "is a folder; give --out a file" in err
+    line = ("embed", "handmade", place / "images", "--out", tmp_path / "f.h5", "--layer", 2)
+    assert "handmade has no layers; leave it out" in refusal(jaxhisto(*line), 2)
 
 
 def test_sets_that_cannot_be_probed(place, jaxhisto, tmp_path):

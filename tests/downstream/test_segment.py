@@ -143,7 +143,10 @@ def test_predicting_images_and_a_slide(
     record = read_json(tmp_path / "out" / "predictions.json")
     assert [one["name"] for one in record["inputs"]] == ["b", "deep/a"]
     assert record["inputs"][1]["pixels"]["disc"] == int(found.sum())
-    assert main(line) == 1  # they are there already
+    capsys.readouterr()
+    assert main(line) == 0
+    assert "2 of 2 masks are there" in capsys.readouterr().out
+    assert "made otherwise (overlay: " in refused(capsys, [*line, "--no-overlay"])
     assert main([*line, "--force", "--no-overlay"]) == 0
 
     slide = tmp_path / "slide.tif"
@@ -254,6 +257,35 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert not (tmp_path / "run" / "unet.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_predict_that_is_asked_to_stop_says_so_and_goes_on(
+    trained: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, _ = trained
+    for i in range(20):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(discs(i, 96, 96)[0]).save(tmp_path / "in" / f"{i:02}.png")
+
+    def line(out: str) -> list[str]:
+        return ["predict", str(tmp_path / "in"), "--unet", str(run), "--out", str(tmp_path / out)]
+
+    assert ended_after(line("ended"), "00.mask.png:", signal.SIGTERM) == 75
+    done = read_json(tmp_path / "ended" / "predictions.json")["inputs"]
+    assert 0 < len(done) < 20
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "ended").glob("*.mask.png")}
+    capsys.readouterr()
+    assert main(line("ended")) == 0
+    assert f"{len(done)} of 20 masks are there, going on" in capsys.readouterr().out
+    kept = [p for p, at in before.items() if p.stat().st_mtime_ns == at]
+    assert len(kept) == len(done)
+    assert main(line("whole")) == 0
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "ended").iterdir()) == names
+    for name in (name for name in names if name.endswith(".png")):
+        pair = [tmp_path / out / name for out in ("whole", "ended")]
+        assert pair[0].read_bytes() == pair[1].read_bytes()
+
+
 def test_a_mask_of_another_size(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +333,32 @@ def test_one_class_alone_and_one_that_a_part_lacks(
     for name in split["train"]:
         Image.fromarray(np.zeros((48, 64), np.uint8)).save(folder / "masks" / name)
     assert "all training pixels are ground" in refused(capsys, line)
+
+
+def test_the_record_counts_the_images_trained_on_and_says_what_intervals_are_over(
+    folder: Path,
+) -> None:
+    from jaxhisto.downstream.segment import prepare, result_of, table
+    from jaxhisto.downstream.training import Fitted
+    from jaxhisto.task_config import TaskConfig
+    from jaxhisto.training_config import SegmentConfig
+
+    task = TaskConfig(
+        str(folder / "images"), masks=str(folder / "masks"), classes=("ground", "disc"),
+        group_pattern="([ik])", validation_by_image=True,
+    )  # fmt: skip
+    for i in range(6):  # two groups, of which one is tested on
+        for kind in ("images", "masks"):
+            (folder / kind / f"i{i:02}.png").rename(folder / kind / f"k{i:02}.png")
+    config = SegmentConfig(ENCODER, "r", task, percent=50)
+    ready = prepare(config)
+    parts = {part: len(ready.split.part(part)) for part in ("train", "validation", "test")}
+    assert parts == {"train": 4, "validation": 2, "test": 6}
+    fitted = Fitted({}, {}, 1, {"macro_f1": 0.5}, 1, 1, 4)
+    record = result_of(config, ready, fitted, np.tile(np.eye(2, dtype=np.int64), (6, 1, 1)))
+    assert record["images"] == {"train": 2, "validation": 2, "test": 6}
+    assert record["test"]["macro_f1"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert "6 test images, all of one group: it says nothing" in table(record)
 
 
 def test_what_cannot_be_a_unet_or_its_task(

@@ -270,13 +270,17 @@ def test_an_epoch_takes_each_image_once(n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "devices", "batch"), [(64, 4, 32), (13, 1, 8), (13, 4, 8), (5, 1, 5), (5, 4, 8)]
+    ("images", "devices", "batch"),
+    [(64, 4, 32), (13, 1, 8), (13, 4, 8), (5, 1, 8), (5, 4, 8), (5, 16, 16)],
 )
 def test_few_images_lower_the_batch(
     images: int, devices: int, batch: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fitting_batch(32, images, devices) == batch
-    assert ("lowered" in capsys.readouterr().out) == (images < 32)
+    said = f"batch of {batch} instead of 32: there are {images} images" * (images < 32)
+    assert said in capsys.readouterr().out
+    assert fitting_batch(4, 3, 1) == fitting_batch(4, 3, 4) == 4
+    assert capsys.readouterr().out == ""
 
 
 def test_a_batch_that_devices_cannot_share() -> None:

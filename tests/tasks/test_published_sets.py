@@ -75,7 +75,7 @@ def test_bach_whose_table_contradicts_the_folders(bach):
         opened("bach", bach)
     table.write_text(text.replace("b002.tif", "b009.tif"))
     notes = opened("bach", bach).notes
-    assert any("1 rows without image: b009.tif" in note for note in notes)
+    assert any("1 row without image: b009.tif" in note for note in notes)
     assert any("1 images are not in microscopy_ground_truth.csv: b002.tif" in n for n in notes)
     table.unlink()
     assert "the folders alone say the class" in opened("bach", bach).notes[-1]
@@ -203,7 +203,7 @@ def test_breastpathq_is_one_set_in_percent(breastpathq):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (("1,2,0.9", "1,2,tumour"), r"1 cells of y are no numbers \(train/1_2\.tif has 'tumour'\)"),
+        (("1,2,0.9", "1,2,tumour"), r"no number in 1 cell of y \(train/1_2\.tif has 'tumour'\)"),
         (("1,2,0.9", "1,2,90"), r"1 cellularities are not in 0\.\.1 \(train/1_2\.tif\)"),
         (("1,2,0.9", "1,1,0.9"), r"line 3 lists 1_1\.tif a second time"),
         (("1,2,0.9", "1,2"), r"line 3 is cut short"),
@@ -224,8 +224,8 @@ def test_breastpathq_lists_what_does_not_fit(breastpathq):
     (folder / "breastpathq/datasets/train/1_1.tif").unlink()
     put(folder / "breastpathq/datasets/validation/90_9.tif", noise(16, 16))
     assert opened("breastpathq", folder).notes[1:] == (
-        "train_labels.csv: 1 rows without image: 1_1.tif",
-        "validation: 1 images without a score: 90_9.tif",
+        "train_labels.csv: 1 row without image: 1_1.tif",
+        "validation: 1 image without a score: 90_9.tif",
     )
     put_rows(folder / "copy" / "val_labels.csv", [("slide", "rid", "y")])
     with pytest.raises(StoreError, match=r"val_labels\.csv could both be meant"):
@@ -306,8 +306,8 @@ def test_gleason_maps_that_are_refused(gleason):
     (gleason / "Train Imgs" / "slide001_core003.jpg").unlink()
     put(gleason / "Train Imgs" / "slide004_core099.jpg", noise(20, 24))
     notes = opened("gleason2019", gleason).notes
-    assert any("1 rows without their image: slide001_core003" in note for note in notes)
-    assert any("1 images without a label: slide004_core099.jpg" in note for note in notes)
+    assert any("1 row without their image: slide001_core003" in note for note in notes)
+    assert any("1 image without a label: slide004_core099.jpg" in note for note in notes)
 
 
 @pytest.fixture
@@ -354,8 +354,8 @@ def test_digestpath_masks_that_do_not_fit(digestpath):
     (folder / f"{name}.jpg").unlink()
     put(folder / "2018_1_1-1_2019-01-01-lv1.jpg", noise(16, 16))
     notes = opened("digestpath2019", folder).notes
-    assert f"1 masks without their image: {name}_mask.jpg" in notes
-    assert "1 images without a mask: 2018_1_1-1_2019-01-01-lv1.jpg" in notes
+    assert f"1 mask without their image: {name}_mask.jpg" in notes
+    assert "1 image without a mask: 2018_1_1-1_2019-01-01-lv1.jpg" in notes
     put(folder / f"{name}.jpg", noise(16, 16))
     with pytest.raises(StoreError, match=r"_mask\.jpg: is 900 x 700 px, but its image is 16 x 16"):
         opened("digestpath2019", digestpath)

@@ -84,7 +84,7 @@ def test_labels_in_a_file(folder, tmp_path):
     assert (task.classes, len(task), len(set(task.groups))) == (("hi", "lo"), 8, 4)
     assert task.summary() == [
         "set grade: classification, 8 images (hi 4, lo 4), 4 groups",
-        "  1 rows without their image: gone.png",
+        "  1 row without their image: gone.png",
         "  4 images without a label: c/0.png, c/1.png, c/2.png, c/3.png",
     ]
     split = task_split(task, TaskConfig(test=("p0", "p1"), validation_by_image=True))
@@ -102,7 +102,7 @@ def test_numbers_in_a_file(folder, tmp_path):
     assert task.classes == ()
     assert task.summary() == [
         "set share: regression, 8 images (targets 0 to 37.5, mean 18.75)",
-        "  1 rows without their image: gone.png",
+        "  1 row without their image: gone.png",
         "  4 images without a target: c/0.png, c/1.png, c/2.png, c/3.png",
     ]
     with pytest.raises(TypeError, match="regression task: it has no labels"):
@@ -113,7 +113,7 @@ def test_numbers_in_a_file(folder, tmp_path):
 def test_targets_that_are_no_numbers_are_named(folder, tmp_path, cell):
     rows = [("file", "share"), ("a/0.png", 0.5), ("a/1.png", cell), ("a/2.png", 1)]
     table = write_csv(tmp_path / "t.csv", rows)
-    message = rf"t\.csv: 1 cells of share are no numbers \(a/1\.png has '{cell}'\); mend them"
+    message = rf"t\.csv: no number in 1 cell of share \(a/1\.png has '{cell}'\); mend it"
     with pytest.raises(StoreError, match=message):
         open_task(TaskConfig(data=str(folder), labels=table, target="share"))
 
@@ -255,8 +255,8 @@ def test_masks_and_images_without_the_other_are_listed(pair):
     task = open_task(TaskConfig(data=str(images), masks=str(masks), classes=("x", "y", "z")))
     assert task.names == ("0.png", "2.png")
     assert task.notes[1:] == (
-        "1 masks without their image: 1.png",
-        "1 images without a mask: 3.png",
+        "1 mask without their image: 1.png",
+        "1 image without a mask: 3.png",
     )
 
 
