@@ -28,6 +28,8 @@ class Runner:
       run: does `images` images once and returns when the device is done. A number it returns is
         the seconds it took, where the clock around it would count more than is meant.
       close: frees what it holds.
+      peak: the most memory that was held since the last turn began; the default asks JAX's
+        devices, and on a CPU the process.
       child: it works in another process, so that this process's CPU seconds say nothing.
     """
 
@@ -39,6 +41,7 @@ class Runner:
     flops: float | None = None
     bytes: float | None = None
     close: Callable[[], None] = lambda: None
+    peak: Callable[[], int | None] = memory.peak_bytes
     child: bool = False
 
 
@@ -78,6 +81,34 @@ def measure(
     return [one if isinstance(one, Row) else _row(one, found[i]) for i, one in enumerate(runners)]
 
 
+def attempt(
+    make: Callable[[], Runner], stage: str, who: str, settings: Mapping[str, Any]
+) -> Runner | Row:
+    """A runner, or the row that says why there is none: a package is missing, or memory is out."""
+    try:
+        return make()
+    except ImportError as error:
+        return Row(stage, who, settings, why=missing(error))
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        return Row(stage, who, settings, why=memory.OUT)
+
+
+def missing(error: ImportError) -> str:
+    """What to install: the package whose import failed, as pip knows it."""
+    package = (error.name or str(error)).partition(".")[0]
+    return f"not installed: pip install {PIP_NAMES.get(package, package)}"
+
+
+PIP_NAMES = {
+    "array_record": "array-record",
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+
+
 def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
     memory.forget_peak()
     cpu, start = time.process_time(), time.perf_counter()
@@ -98,8 +129,9 @@ def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
         turns.seconds.append(wall if own is None else own)
         if own is None and not runner.child:
             turns.cpu.append(worked)
-    peak = memory.peak_bytes()
-    turns.peak = max(turns.peak or 0, peak) if peak is not None and not runner.child else turns.peak
+    peak = runner.peak()
+    if peak is not None:
+        turns.peak = max(turns.peak or 0, peak)
 
 
 def _row(runner: Runner, turns: _Turns) -> Row:
