@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 OUT = "out of memory"
+EXIT = 71  # of a process that ran out of it where nothing could be recorded
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PEAK_RSS = "5"  # what CLEAR takes to set the peak back (Linux, Documentation/filesystems/proc.rst)
 

@@ -8,25 +8,14 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from jaxhisto.bench_config import Stage
 from jaxhisto.errors import RunError
 from jaxhisto.runlog import write_atomically
 
 FORMAT = "jaxhisto bench 1"
-STAGES = (
-    "startup",
-    "compile",
-    "read",
-    "to_device",
-    "augment",
-    "forward",
-    "backward",
-    "optimizer",
-    "communication",
-    "step",
-    "pipeline",
-)
+STAGES: tuple[str, ...] = get_args(Stage)
 """In the order in which they are measured and reported."""
 OURS = "jaxhisto"
 VIEWS = 2

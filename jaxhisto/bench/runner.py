@@ -87,6 +87,34 @@ def measure(
     return [one if isinstance(one, Row) else _row(one, found[i]) for i, one in enumerate(runners)]
 
 
+def attempt(
+    make: Callable[[], Runner], stage: str, who: str, settings: Mapping[str, Any]
+) -> Runner | Row:
+    """A runner, or the row that says why there is none: a package is missing, or memory is out."""
+    try:
+        return make()
+    except ImportError as error:
+        return Row(stage, who, settings, why=missing(error))
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        return Row(stage, who, settings, why=memory.OUT)
+
+
+def missing(error: ImportError) -> str:
+    """What to install: the package whose import failed, as pip knows it."""
+    package = (error.name or str(error)).partition(".")[0]
+    return f"not installed: pip install {PIP_NAMES.get(package, package)}"
+
+
+PIP_NAMES = {
+    "array_record": "array-record",
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+
+
 def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
     memory.forget_peak()
     cpu, start = time.process_time(), time.perf_counter()

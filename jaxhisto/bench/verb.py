@@ -1,0 +1,27 @@
+"""What `jaxhisto bench` does, and `python -m jaxhisto.bench` where tyro is not installed."""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from jaxhisto.bench_config import BenchConfig
+from jaxhisto.console import say, say_next
+
+
+def bench(config: BenchConfig) -> int:
+    """Measures, or writes the report of records; 0.
+
+    Raises:
+      JaxhistoError: as `run_bench` and `write_report`.
+    """
+    if config.report:
+        from jaxhisto.bench.report import write_report
+
+        say(f"wrote {write_report(config.report, config.out or 'benchmarks.md')}")
+        return 0
+    from jaxhisto.bench.run import run_bench
+
+    path = run_bench(config)
+    say(f"wrote {path}")
+    say_next(f"jaxhisto bench --report {quote(str(path))} --out benchmarks.md")
+    return 0
