@@ -67,7 +67,7 @@ class PeerJob:
     @property
     def compiled(self) -> bool:
         """Whether the network goes through torch.compile."""
-        return self.who.endswith(" compiled")
+        return self.who.endswith("-compiled")
 
 
 @dataclass

@@ -55,7 +55,7 @@ class Peer:
 STEP = ("forward", "backward", "optimizer", "step", "pipeline")
 PEERS = {
     "pytorch": Peer(STEP, "torch torchvision"),
-    "pytorch compiled": Peer(("forward", "backward", "step"), "torch torchvision"),
+    "pytorch-compiled": Peer(("forward", "backward", "step"), "torch torchvision"),
     "lightly": Peer(("optimizer", "step"), "lightly torch torchvision"),
     "torchvision": Peer(("augment",), "torch torchvision"),
     "kornia": Peer(("augment",), "kornia torch"),
@@ -121,10 +121,10 @@ def prepare_peer(
       limit_s: longest preparation, compilation included.
     """
     job, named = job_of(stage, who, settings), said(settings)
-    why = unfit(settings)
+    why = unfit(job, settings)
     if why:
         return Row(stage, who, named, why=why)
-    own = (pythons or {}).get(who) or (pythons or {}).get(who.removesuffix(" compiled"))
+    own = (pythons or {}).get(who) or (pythons or {}).get(who.removesuffix("-compiled"))
     try:
         process = PeerProcess(job, own or sys.executable, limit_s)
     except CannotRun as error:
@@ -146,13 +146,15 @@ def said(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k not in ("store", "files")}
 
 
-def unfit(settings: Mapping[str, Any]) -> str:
+def unfit(job: PeerJob, settings: Mapping[str, Any]) -> str:
     """Why no peer is measured at these settings; empty where one is."""
     devices = int(settings.get("devices", 1))
     if devices > 1:
         return f"not measured: the PyTorch peers run on one device, not on {devices}"
     if settings.get("platform") == "tpu":
         return "not measured: the PyTorch peers run on a CPU or a GPU"
+    if job.stage in ("read", "pipeline") and not job.files:
+        return "not measured: the DataLoaders read the JPEGs of one tile store, and there is none"
     return ""
 
 
@@ -267,7 +269,7 @@ def not_installed(who: str, module: str) -> str:
     """What to do about a module that is not there."""
     return (
         f"not installed ({module}): pip install {PEERS[who].packages}, or in an environment of "
-        f"its own and --peer-env '{who}=VENV/bin/python'"
+        f"its own and --peer-env {who}=VENV/bin/python"
     )
 
 

@@ -196,11 +196,11 @@ def test_a_turn_of_a_peer_and_how_it_ends(tmp_path):
 )
 def test_why_a_peer_has_no_figure(interpreter, script, why):
     found = peers.prepare_peer(
-        "step", {"batch": 2}, "pytorch compiled", {"pytorch": interpreter(script)}, limit_s=1.4
+        "step", {"batch": 2}, "pytorch-compiled", {"pytorch": interpreter(script)}, limit_s=1.4
     )
     assert isinstance(found, Row)
     assert not found.seconds
-    assert (found.stage, found.who, found.settings) == ("step", "pytorch compiled", {"batch": 2})
+    assert (found.stage, found.who, found.settings) == ("step", "pytorch-compiled", {"batch": 2})
     assert re.fullmatch(why, found.why), found.why
 
 
