@@ -20,6 +20,18 @@ Stage = Literal[
     "step",
     "pipeline",
 ]
+PeerName = Literal[
+    "pytorch",
+    "pytorch-compiled",
+    "lightly",
+    "torchvision",
+    "kornia",
+    "files+torchvision",
+    "files+pillow",
+    "files+simplejpeg",
+    "store+torchvision",
+    "store+tfds",
+]
 Encoder = Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101"]
 Cache = Literal["none", "host", "device"]
 
@@ -59,3 +71,21 @@ class BenchConfig:
     devices: int = within(0, 0, MANY)
     """Devices to shard a batch over; 0: all. More than one on a CPU shares its cores among them,
     which times communication and nothing else."""
+    peers: tuple[PeerName, ...] = get_args(PeerName)
+    """Others to measure by turns with ours, where they are installed: PyTorch's training as it is
+    and through torch.compile, lightly's loss and LARS, augmentation by torchvision and kornia, and
+    torch DataLoaders over JPEG files or the store, by decoder. Nothing after the flag: none."""
+    peer_env: tuple[str, ...] = ()
+    """NAME=PYTHON: the interpreter of a peer that has an environment of its own."""
+    growth: bool = False
+    """Instead: how time and memory grow with batch (64 to 16,384, or `batch_sizes`), side and
+    depth, as fitted exponents."""
+    limit: float = within(30.0, 0.1, 1e6)
+    """Of `growth`: sizes whose step is expected to take longer, in seconds, are not run."""
+    recipe: str = ""
+    """Instead: what training by this recipe (a TOML file or the name of a shipped one) costs, and
+    the paper's beside it: hours, accelerator-hours, energy."""
+    record: str = ""
+    """Of `recipe`: the record to take the speed from; empty: a few steps are measured."""
+    tiles: int = within(0, 0, MANY)
+    """Of `recipe`: tiles to train on; 0: those of `stores`, else the paper's half a million."""

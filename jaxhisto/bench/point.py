@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jaxhisto.bench import memory
@@ -37,6 +40,11 @@ def main() -> int:
             from jaxhisto.bench.ours import cores
 
             answer(machine=describe(cores(), job["peaks"]))
+        elif job["what"] == "growth":
+            from jaxhisto.bench.growth_child import entries
+
+            for entry in entries(job):
+                answer(entry=entry)
         else:
             for row in rows_of(job, lambda text: answer(say=text)):
                 answer(row=row_to_json(row))
@@ -68,14 +76,14 @@ def rows_of(job: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Row]
     if isinstance(setup, str):
         yield from (Row(stage, OURS, settings, why=setup) for stage in stages)
         return
-    source = Source(job)
-    for stage in stages:
-        say(f"{stage} ...")
-        runners = prepared(stage, setup, source, job)
-        yield from measure(runners, job["repeats"], say)
-        for runner in runners:
-            if isinstance(runner, Runner):
-                runner.close()
+    with closing(Source(job)) as source:
+        for stage in stages:
+            say(f"{stage} ...")
+            runners = prepared(stage, setup, source, job)
+            yield from measure(runners, job["repeats"], say)
+            for runner in runners:
+                if isinstance(runner, Runner):
+                    runner.close()
 
 
 def attempt_setup(make: Callable[[], Any], settings: Mapping[str, Any]) -> Any:
@@ -90,6 +98,12 @@ class Source:
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._job = job
         self._opened: Any = None
+        self._jpegs: dict[str, str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxhisto-jpegs-")
+
+    def close(self) -> None:
+        """Removes what it wrote."""
+        self._folder.cleanup()
 
     def open(self) -> Any:
         """An `inputs.Input`.
@@ -104,6 +118,22 @@ class Source:
             tile_px = job["point"]["tile_px"]
             self._opened = open_input(job["stores"], job["made"], tile_px, job["count"])
         return self._opened
+
+    def files(self) -> dict[str, str]:
+        """Where a DataLoader finds the tiles: {"store", "files": the same JPEGs as files}.
+
+        Empty values where there is no tile store.
+        """
+        if self._jpegs is None:
+            from jaxhisto.bench.peers import jpeg_folder
+
+            paths = [*self._job["stores"], *filter(None, [self._job["made"]])]
+            stores = [path for path in paths if (Path(path) / "manifest.json").is_file()]
+            self._jpegs = {"store": "", "files": ""}
+            if stores:
+                folder = Path(self._folder.name)
+                self._jpegs = {"store": stores[0], "files": jpeg_folder(stores[0], folder)}
+        return self._jpegs
 
 
 def prepared(stage: str, setup: Any, source: Source, job: Mapping[str, Any]) -> list[Runner | Row]:
@@ -123,7 +153,7 @@ def prepared(stage: str, setup: Any, source: Source, job: Mapping[str, Any]) -> 
     else:
         makes = [(settings, partial(setup.runner, stage))]
     found = [attempt(make, "step" if "beside" in of else stage, OURS, of) for of, make in makes]
-    return [*found, *peers_of(stage, dict(found[-1].settings), job)]
+    return [*found, *peers_of(stage, found[-1].settings, source, job)]
 
 
 def reading(setup: Any, source: Source, job: Mapping[str, Any]) -> Any:
@@ -148,14 +178,22 @@ def piped(setup: Any, source: Source, cache: str, job: Mapping[str, Any]) -> Any
 
 
 def peers_of(
-    stage: str, settings: dict[str, Any], job: Mapping[str, Any]
+    stage: str, settings: Mapping[str, Any], source: Source, job: Mapping[str, Any]
 ) -> Iterator[Runner | Row]:
-    """The peers asked for, prepared for the same setting."""
-    if job.get("peers"):
-        from jaxhisto.bench import peers  # type: ignore[attr-defined]
+    """The peers asked for that have this stage, prepared for the same setting."""
+    from jaxhisto.bench import peers
 
-        for who in job["peers"]:
-            yield peers.prepare_peer(stage, settings | {"who": who})
+    wanted = [who for who in peers.peers_of(stage) if who in job.get("peers", ())]
+    if not wanted:
+        return
+    import jax
+
+    more: dict[str, Any] = {"platform": jax.default_backend()}
+    if stage in ("read", "pipeline"):
+        images = settings["batch"] * job["steps"]
+        more |= {"cache": "none", "images": images, **source.files()}
+    for who in wanted:
+        yield peers.prepare_peer(stage, {**settings, **more}, who, job.get("peer_envs"))
 
 
 if __name__ == "__main__":

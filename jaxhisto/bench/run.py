@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxhisto.bench import memory
 from jaxhisto.bench.child import OutOfMemory, ask
+from jaxhisto.bench.peers import peer_envs
 from jaxhisto.bench.record import OURS, STAGES, Record, Row, row_from_json, write_record
 from jaxhisto.bench.runner import Runner, measure, missing
 from jaxhisto.bench.verdict import verdicts
@@ -59,6 +60,7 @@ def run_bench(config: BenchConfig) -> Path:
 
 def check(config: BenchConfig) -> None:
     """Refuses what could only fail later."""
+    peer_envs(config.peer_env)
     for name in ("stages", "models", "tile_px", "cache"):
         if not getattr(config, name):
             raise ConfigError(f"--{name.replace('_', '-')}: names nothing; leave it out for all.")
@@ -117,8 +119,10 @@ def completed(config: BenchConfig, machine: Mapping[str, Any]) -> BenchConfig:
 def said_settings(config: BenchConfig) -> dict[str, Any]:
     """The settings for the record, without paths."""
     table = dataclasses.asdict(config)
-    del table["out"], table["report"]
-    return table | {"stores": len(config.stores)}
+    for name in ("out", "report", "recipe", "record"):
+        del table[name]
+    own = sorted(item.partition("=")[0] for item in config.peer_env)
+    return table | {"stores": len(config.stores), "peer_env": own}
 
 
 @contextmanager
@@ -188,6 +192,8 @@ def job_of(
         "cache": list(config.cache),
         "steps": config.steps,
         "repeats": config.repeats,
+        "peers": list(config.peers),
+        "peer_envs": peer_envs(config.peer_env),
     }
 
 

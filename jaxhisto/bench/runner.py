@@ -17,6 +17,11 @@ from jaxhisto.bench import memory
 from jaxhisto.bench.record import Row
 
 Say = Callable[[str], None]
+Seconds = float | tuple[float, float] | None
+
+
+class CannotRun(Exception):
+    """What is measured failed, for the reason that its row then gives; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Runner:
     Attributes:
       stage, who, images, settings, flops, bytes: as in `Row`.
       run: does `images` images once and returns when the device is done. A number it returns is
-        the seconds it took, where the clock around it would count more than is meant.
+        the seconds it took, where the clock around it would count more than is meant; a pair,
+        those and the seconds that cores worked for it. Raises CannotRun where it failed.
       close: frees what it holds.
       peak: the most memory that was held since the last turn began; the default asks JAX's
         devices, and on a CPU the process.
@@ -35,7 +41,7 @@ class Runner:
 
     stage: str
     who: str
-    run: Callable[[], float | None]
+    run: Callable[[], Seconds]
     images: int
     settings: Mapping[str, Any]
     flops: float | None = None
@@ -115,9 +121,12 @@ def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
     try:
         own = runner.run()
     except Exception as error:
-        if not memory.is_out_of_memory(error):
+        if isinstance(error, CannotRun):
+            turns.why = str(error)
+        elif memory.is_out_of_memory(error):
+            turns.why = memory.OUT
+        else:
             raise
-        turns.why = memory.OUT
         error.__traceback__ = None  # its frames hold the arrays that filled the memory
         del error
         runner.close()
@@ -125,9 +134,11 @@ def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
         return
     wall = time.perf_counter() - start
     worked = time.process_time() - cpu
+    if isinstance(own, tuple):
+        wall, worked = own
     if counted:
-        turns.seconds.append(wall if own is None else own)
-        if own is None and not runner.child:
+        turns.seconds.append(own if isinstance(own, float) else wall)
+        if isinstance(own, tuple) or (own is None and not runner.child):
             turns.cpu.append(worked)
     peak = runner.peak()
     if peak is not None:
