@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -234,6 +234,25 @@ class Setup:
             jax.block_until_ready((state, metrics))
 
         return self._made("step", run, compiled, flops.step_flops)
+
+    def _given(self) -> Runner:
+        """The step on views that are there: without drawing and making them."""
+        loss_and_grads, state = make_loss_and_grads(self.config), self.state()
+        update = make_update(self.config, *SCHEDULE)
+
+        def step(state: TrainState, views: jax.Array) -> tuple[TrainState, jax.Array]:
+            loss, _, stats, grads = loss_and_grads(state.params, state.batch_stats, views)
+            return update(replace(state, batch_stats=stats), grads)[0], loss
+
+        compiled = jax.jit(step, donate_argnums=0).lower(state, self.views).compile()
+
+        def run() -> None:
+            nonlocal state
+            state, loss = compiled(state, self.views)
+            jax.block_until_ready((state, loss))
+
+        made = self._made("step", run, compiled, flops.step_flops)
+        return replace(made, settings={**made.settings, "beside": "given views"})
 
     def _compile(self) -> Row:
         """Seconds to trace and compile the step: the first time, and again from the cache on disk,

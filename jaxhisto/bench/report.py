@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ COUNTED = f"""## How it is counted
 
 - **Spread.** A row whose turns spread by more than {BOUND:.0%} is *inconclusive*: nothing should be
   concluded from it.
+- **Images/core s**: images a second that a core worked for them, on a CPU: what other programs on
+  the machine leave alone, and so what to believe where the clock is inconclusive.
 - **Operations.** A multiply-add is two. Forward and backward are counted from the network's shapes
   (`jaxhisto/bench/flops.py`), taps on the padding included, as torchvision and He et al. count; so
   every implementation is held against the same figure. The views' gradient is not counted, since
@@ -165,8 +168,9 @@ def stages(record: Record) -> str:
     parts = []
     for point in points(record):
         rows = [cells(row, record) for row in of_point(record, point)]
-        head = ("stage", "who", "images/s", "views/s", "s, median", "spread", "TFLOP/s", "of peak",
-                "GB/s", "of bandwidth", "peak memory, GB", "ours / theirs")  # fmt: skip
+        head = ("stage", "who", "images/s", "views/s", "s, median", "spread", "images/core s",
+                "TFLOP/s", "of peak", "GB/s", "of bandwidth", "peak memory, GB",
+                "ours / theirs")  # fmt: skip
         parts.append(f"### {worded(point)}\n\n{table(head, rows)}")
     return "\n".join(parts)
 
@@ -197,7 +201,7 @@ def of_point(record: Record, point: dict[str, Any]) -> Iterator[Row]:
 def cells(row: Row, record: Record) -> list[str]:
     """A row of a table."""
     if row.why:
-        return [row.stage, row.who, row.why, *[""] * 9]
+        return [row.stage, row.who, row.why, *[""] * 10]
     peak, width = peaks_of(row, record)
     moves_memory = row.stage not in ("to_device", "communication")
     products = row.stage in ("forward", "backward", "step")
@@ -210,6 +214,7 @@ def cells(row: Row, record: Record) -> list[str]:
         number(row.views_per_s),
         f"{row.median:.3g}",
         f"{row.spread:.0%}" + ("" if row.conclusive else ", inconclusive"),
+        number(row.images_per_cpu_s) if record.machine.get("platform") == "cpu" else "",
         number(speed and speed / 1e12),
         percent(speed and peak and speed / peak) if products else "",
         number(rate and rate / 1e9),
@@ -254,17 +259,20 @@ def starts(record: Record) -> str:
     """Start-up of the command line, and compilation."""
     rows = []
     for row in record.rows:
+        seconds = row.why or f"{row.median:.3g}"
         if row.stage == "startup":
+            worked = f"{statistics.median(row.cpu_seconds):.3g}" if row.cpu_seconds else ""
             what = str(row.settings.get("line", ""))
-            rows.append([what, row.who, row.why or f"{row.median:.3g}", f"{row.spread:.0%}"])
+            rows.append([what, row.who, seconds, worked, f"{row.spread:.0%}"])
         elif row.stage == "compile":
             what = "compile the step, " + worded(same(row.settings, KEYS))
-            rows.append([what, row.who, row.why or f"{row.median:.3g}", "one go"])
+            rows.append([what, row.who, seconds, "", "one go"])
             if again := row.settings.get("from_cache_s"):
-                rows.append(["the same, from the cache on disk", row.who, f"{again:.3g}", "one go"])
+                what = "the same, from the cache on disk"
+                rows.append([what, row.who, f"{again:.3g}", "", "one go"])
     if not rows:
         return ""
-    return "### Start\n\n" + table(("what", "who", "s", "spread"), rows)
+    return "### Start\n\n" + table(("what", "who", "s", "core s", "spread"), rows)
 
 
 SECTIONS: tuple[Section, ...] = (says, stages, pipelines, starts)

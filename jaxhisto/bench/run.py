@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,11 +103,20 @@ def heading(machine: Mapping[str, Any]) -> str:
 
 
 def completed(config: BenchConfig, machine: Mapping[str, Any]) -> BenchConfig:
-    """The settings with what depends on the machine filled in."""
+    """The settings with what depends on the machine filled in.
+
+    Raises:
+      ConfigError: a batch that the devices cannot share.
+    """
     on_cpu = machine["platform"] == "cpu"
     precision = ("f32" if on_cpu else "bf16") if config.precision == "auto" else config.precision
     batches = config.batch_sizes or (CPU_BATCHES if on_cpu else ACCELERATOR_BATCHES)
     devices = config.devices or (1 if on_cpu else len(machine["devices"]))
+    for batch in batches:
+        if batch % devices:
+            raise ConfigError(
+                f"--batch-sizes {batch} does not divide among {devices} devices; take a multiple."
+            )
     return dataclasses.replace(
         config,
         precision=precision,
@@ -251,8 +261,14 @@ def devices_env(config: BenchConfig, machine: Mapping[str, Any]) -> dict[str, st
 def start_up(config: BenchConfig) -> list[Row]:
     """Seconds of `jaxhisto --help` as a process."""
 
-    def run() -> None:
+    def run() -> tuple[float, float]:
+        start, before = time.perf_counter(), os.times()
         subprocess.run([sys.executable, "-c", HELP], check=True, stdout=subprocess.DEVNULL)
+        wall, after = time.perf_counter() - start, os.times()
+        worked = (after.children_user + after.children_system) - (
+            before.children_user + before.children_system
+        )
+        return wall, worked
 
     settings = {"line": "jaxhisto --help"}
     runner = Runner("startup", OURS, run, 0, settings, peak=lambda: None, child=True)

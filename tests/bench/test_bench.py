@@ -144,6 +144,8 @@ def test_what_depends_on_the_machine():
     assert (found.precision, found.batch_sizes, found.devices) == ("bf16", (256, 512, 1024), 2)
     found = run.completed(BenchConfig(batch_sizes=(8, 4)), {"platform": "cpu", "devices": ["x"]})
     assert (found.precision, found.batch_sizes, found.devices) == ("f32", (4, 8), 1)
+    with pytest.raises(ConfigError, match="257 does not divide among 2 devices"):
+        run.completed(BenchConfig(batch_sizes=(257,)), gpu)
 
 
 def test_a_child_that_ends_is_told_apart_by_how():

@@ -67,7 +67,7 @@ def test_a_slow_reader_turns_the_verdict():
 
     step = replace(STEP, seconds=(0.02,), flops=0.12e12, bytes=0.4e9)
     for delay, bound in ((0.0, "compute"), (0.02, "input")):
-        took = drained(feed(delay), 2, 3, lambda item: time.sleep(0.02)) / 3
+        took = drained(feed(delay), 2, 3, lambda item: time.sleep(0.02))[0] / 3
         found = verdicts(record(step, pipeline((took,))))
         assert of(found, "pipeline")["bound"] == bound, took
 
