@@ -60,12 +60,14 @@ def open_input(stores: Sequence[str], made: str, side: int, count: int) -> Input
     return Input(MemoryTiles(side, count), (), SYNTHETIC)
 
 
-def read_runner(source: Input, batch: int, steps: int) -> Runner | Row:
+def read_runner(source: Input, tile_px: int, batch: int, steps: int) -> Runner | Row:
     """Batches in the host's memory, read and decoded anew; without a cache, as training has them.
 
-    A row says why where there is nothing to read from, or less than a batch.
+    A row says why where there is nothing to read from, or less than a batch. `tile_px` is that of
+    the views: what is read is of the store's own side.
     """
-    settings = {"batch": batch, "threads": cores(), "cache": "none"} | source.settings()
+    settings = {"tile_px": tile_px, "batch": batch, "threads": cores(), "cache": "none"}
+    settings |= source.settings()
 
     def make() -> Runner:
         import grain  # noqa: F401  # the loader imports it late, in its first batch

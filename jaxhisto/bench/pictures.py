@@ -33,12 +33,15 @@ def draw(records: Sequence[Record], path: Path) -> Path | None:
         return None
     from matplotlib import pyplot as plt
 
-    height = 1.2 + 0.55 * len(steps)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, max(3.2, height)), width_ratios=(3, 2), layout="constrained"
+    lines = swept(steps)
+    size = (12.0 if lines else 8.0, max(3.2, 1.6 + 0.55 * len(steps)))
+    widths = (3, 2) if lines else (1,)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=size, width_ratios=widths, layout="constrained", squeeze=False
     )
-    bars(left, steps)
-    speeds(right, steps)
+    bars(axes[0, 0], steps)
+    if lines:
+        speeds(axes[0, 1], lines)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -77,7 +80,7 @@ def bars(axes: Any, steps: Sequence[tuple[Record, Row]]) -> None:
 
 def of_stage(record: Record, stage: str, step: Row) -> Row | None:
     """Our row of a stage at the step's setting, with a figure."""
-    names = ("batch", "threads") if stage == "read" else KEYS
+    names = ("tile_px", "batch", "threads") if stage == "read" else KEYS
     for row in record.rows:
         shared = {k: v for k, v in same(row.settings, names).items() if k in step.settings}
         held = all(step.settings[name] == value for name, value in shared.items())
@@ -95,13 +98,18 @@ def label(record: Record, row: Row) -> str:
     )
 
 
-def speeds(axes: Any, steps: Sequence[tuple[Record, Row]]) -> None:
-    """Images a second of the step over the batch, a line a network and side."""
+def swept(steps: Sequence[tuple[Record, Row]]) -> dict[str, list[tuple[int, Row]]]:
+    """(batch, step) by network, side and device, of those that have several batches."""
     lines: dict[str, list[tuple[int, Row]]] = {}
     for record, row in steps:
         of = row.settings
         name = f"{of['model']}, {of['tile_px']} px, {record.machine.get('device', '')}"
         lines.setdefault(name, []).append((of["batch"], row))
+    return {name: found for name, found in lines.items() if len({b for b, _ in found}) > 1}
+
+
+def speeds(axes: Any, lines: dict[str, list[tuple[int, Row]]]) -> None:
+    """Images a second of the step over the batch, a line a network and side."""
     for name, found in lines.items():
         found.sort(key=lambda item: item[0])
         batches = [batch for batch, _ in found]
@@ -117,5 +125,6 @@ def speeds(axes: Any, steps: Sequence[tuple[Record, Row]]) -> None:
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch, images")
-    axes.set_ylabel("step, images/s (bars: slowest to fastest)")
+    axes.set_ylabel("step, images/s")
+    axes.set_title("bars: slowest to fastest", fontsize="small")
     axes.legend(frameon=False, fontsize="small")

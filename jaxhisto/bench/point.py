@@ -19,15 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxhisto.bench import memory
-from jaxhisto.bench.record import OURS, Row, row_to_json
+from jaxhisto.bench.record import OF_DATA, OF_MODEL, OURS, Row, row_to_json
 from jaxhisto.bench.runner import Runner, attempt, measure
 from jaxhisto.errors import JaxhistoError
 
 Answer = Callable[..., None]
-OF_DATA = ("read", "to_device", "augment")
-"""Stages that know no encoder: measured once for all of them."""
-OF_MODEL = ("optimizer", "forward", "backward", "communication", "step", "pipeline")
-"""Those that do, by the memory they take: on an accelerator a peak is that of all before, too."""
 
 
 def main() -> int:
@@ -160,7 +156,7 @@ def reading(setup: Any, source: Source, job: Mapping[str, Any]) -> Any:
     """The runner of `read`."""
     from jaxhisto.bench.inputs import read_runner
 
-    return read_runner(source.open(), setup.point.batch, job["steps"])
+    return read_runner(source.open(), setup.point.tile_px, setup.point.batch, job["steps"])
 
 
 def beside_step(setup: Any, job: Mapping[str, Any]) -> Any:

@@ -17,6 +17,10 @@ from jaxhisto.runlog import write_atomically
 FORMAT = "jaxhisto bench 1"
 STAGES: tuple[str, ...] = get_args(Stage)
 """In the order in which they are measured and reported."""
+OF_DATA = ("read", "to_device", "augment")
+"""Stages that know no encoder: measured once for all of them."""
+OF_MODEL = ("optimizer", "forward", "backward", "communication", "step", "pipeline")
+"""Those that do, by the memory they take: on an accelerator a peak is that of all before, too."""
 OURS = "jaxhisto"
 VIEWS = 2
 BOUND = 0.25

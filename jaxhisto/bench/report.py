@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxhisto.bench.record import BOUND, OURS, STAGES, Record, Row, find, read_record
+from jaxhisto.bench.record import (
+    BOUND,
+    OF_DATA,
+    OF_MODEL,
+    OURS,
+    STAGES,
+    Record,
+    Row,
+    find,
+    read_record,
+)
 from jaxhisto.bench.verdict import KEYS, peaks_of, same
 from jaxhisto.console import counted
 from jaxhisto.errors import RunError
@@ -16,9 +26,7 @@ from jaxhisto.runlog import write_atomically
 
 EXPECTED = ("NVIDIA H200", "NVIDIA H100")
 """Accelerators that the report names in any case."""
-OF_A_POINT = ("read", "to_device", "augment", "forward", "backward", "optimizer", "communication",
-              "step")  # fmt: skip
-OF_DATA = ("read", "to_device", "augment")
+OF_A_POINT = tuple(stage for stage in (*OF_DATA, *OF_MODEL) if stage != "pipeline")
 
 Section = Callable[[Record], str]
 
@@ -192,7 +200,7 @@ def of_point(record: Record, point: dict[str, Any]) -> Iterator[Row]:
     for row in sorted(record.rows, key=lambda row: STAGES.index(row.stage)):
         if row.stage not in OF_A_POINT or "beside" in row.settings:
             continue
-        names = ("batch", "threads") if row.stage == "read" else KEYS
+        names = ("tile_px", "batch", "threads") if row.stage == "read" else KEYS
         shared = [n for n in names if n in row.settings and n in point]
         if all(row.settings[name] == point[name] for name in shared):
             yield row

@@ -17,16 +17,23 @@ from typing import Any
 from jaxhisto.bench import memory
 from jaxhisto.bench.child import OutOfMemory, ask
 from jaxhisto.bench.peers import peer_envs
-from jaxhisto.bench.record import OURS, STAGES, Record, Row, row_from_json, write_record
+from jaxhisto.bench.record import (
+    OF_DATA,
+    OF_MODEL,
+    OURS,
+    STAGES,
+    Record,
+    Row,
+    row_from_json,
+    write_record,
+)
 from jaxhisto.bench.runner import Runner, measure, missing
 from jaxhisto.bench.verdict import verdicts
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.console import counted, say
-from jaxhisto.errors import ConfigError, StoreError
+from jaxhisto.errors import ConfigError, RunError, StoreError
 
 CPU_BATCHES, ACCELERATOR_BATCHES = (32,), (256, 512, 1024)
-OF_DATA = ("read", "to_device", "augment")
-OF_MODEL = ("forward", "backward", "optimizer", "communication", "step", "pipeline")
 HELP = "import sys; from jaxhisto.cli import main; sys.exit(main(['--help']))"
 
 
@@ -48,7 +55,7 @@ def run_bench(config: BenchConfig) -> Path:
     say(heading(machine))
     config = completed(config, machine)
     record = Record(said_settings(config), machine)
-    write_record(path, record)  # a folder that cannot be written is said before, not after
+    write_record(path, record)  # what cannot be written is said now, not after hours
     with made_stores(config) as made:
         for rows in parts(config, machine, made):
             record = dataclasses.replace(record, rows=in_order((*record.rows, *rows)))
@@ -65,6 +72,9 @@ def check(config: BenchConfig) -> None:
     for name in ("stages", "models", "tile_px", "cache"):
         if not getattr(config, name):
             raise ConfigError(f"--{name.replace('_', '-')}: names nothing; leave it out for all.")
+    folder = Path(config.out or "bench.json").parent
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; make it, or give --out another place.")
     for store in config.stores:
         if not store.startswith("tfds:") and not Path(store).expanduser().exists():
             raise StoreError(f"{store}: no such file or folder; give --stores what `jaxhisto tile` "

@@ -11,6 +11,8 @@ from jaxhisto.bench.record import OURS, Record, Row, find
 TOLD = 0.1
 """Share by which training from a store may be slower than on tiles that are there; above, it is
 bound by its input."""
+MOST = 0.5
+"""Share of the step that its bound takes; below, the machine's limits are not what holds it up."""
 KEYS = ("model", "tile_px", "batch", "precision", "devices", "threads")
 
 
@@ -55,6 +57,8 @@ def of_step(step: Row, record: Record) -> dict[str, Any]:
     bound = max(shares, key=lambda name: shares[name])
     others = ", ".join(f"{WHAT[n]} {share:.0%}" for n, share in shares.items() if n != bound)
     says = f"{bound}-bound: {WHAT[bound]} {shares[bound]:.0%} of the step ({others})"
+    if shares[bound] < MOST:
+        says += "; most of it is lost to kernels that stay below both"
     return verdict | {"bound": bound, "says": doubted(says, step)}
 
 
@@ -113,7 +117,7 @@ def of_pipeline(row: Row, record: Record) -> dict[str, Any]:
     if step is None or not step.seconds:
         return {"settings": settings, "bound": "", "says": "no verdict: the step has no figure"}
     share = row.images_per_s / step.images_per_s
-    read = find(record.rows, "read", **same(row.settings, ("batch", "threads", "data")))
+    read = find(record.rows, "read", **same(row.settings, ("tile_px", "batch", "threads", "data")))
     reading = f", reading alone {read.images_per_s:,.0f}" if read and read.seconds else ""
     figures = (
         f"{row.images_per_s:,.1f} images/s where the step on tiles that are there takes "

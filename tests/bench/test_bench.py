@@ -122,6 +122,9 @@ def test_flags_that_are_none(jaxhisto, tmp_path):
     code, _, err = jaxhisto("bench", "--stores", tmp_path / "absent", *out)
     assert code == 1
     assert "absent: no such file or folder" in err
+    code, _, err = jaxhisto("bench", "--out", tmp_path / "nowhere" / "r.json")
+    assert code == 1
+    assert "nowhere: no such folder" in err
     assert jaxhisto("bench", "--batch-sizes", 1, *out)[0] == 2
     assert jaxhisto("bench", "--stages", *out)[0] == 2
     assert not (tmp_path / "r.json").exists()

@@ -35,6 +35,10 @@ def test_products_that_take_most_of_the_step():
     assert verdict["bound"] == "compute"
     assert verdict["shares"] == pytest.approx({"compute": 0.6, "memory": 0.2})
     assert "60% of the step" in verdict["says"]
+    assert "kernels" not in verdict["says"]
+    slow = of(verdicts(record(replace(STEP, seconds=(2.0,)))))
+    assert "30% of the step" in slow["says"]
+    assert "lost to kernels that stay below" in slow["says"]
 
 
 def test_traffic_that_takes_most_of_the_step():
