@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxhisto.bench.ours import Setup, cores
 from jaxhisto.bench.record import OURS, Row
 from jaxhisto.bench.runner import Runner, attempt
 from jaxhisto.config import DataConfig
-from jaxhisto.errors import StoreError
+from jaxhisto.errors import ConfigError, RunError, StoreError
 
 MADE, STORE, SYNTHETIC = "made", "store", "synthetic"
 FOREVER = 1 << 24  # steps: more than a bench ever takes
@@ -81,7 +82,7 @@ def read_runner(source: Input, batch: int, steps: int) -> Runner | Row:
 
     if not source.stores:
         return Row("read", OURS, settings, why="no store: array-record and TFDS write one")
-    return refused_or(make, "read", settings)
+    return refused_or(make, "read", settings, source)
 
 
 def pipeline_runner(setup: Setup, source: Input, cache: str, steps: int) -> Runner | Row:
@@ -130,7 +131,7 @@ def pipeline_runner(setup: Setup, source: Input, cache: str, steps: int) -> Runn
 
     if cache == "none" and not source.stores:
         return Row("pipeline", OURS, settings, why="no store: array-record and TFDS write one")
-    return refused_or(make, "pipeline", settings)
+    return refused_or(make, "pipeline", settings, source)
 
 
 def beside_runner(setup: Setup, steps: int) -> Runner:
@@ -153,14 +154,17 @@ def beside_runner(setup: Setup, steps: int) -> Runner:
     return Runner("step", OURS, run, setup.point.batch * steps, settings)
 
 
-def refused_or(make: Callable[[], Runner], stage: str, settings: dict[str, Any]) -> Runner | Row:
+def refused_or(
+    make: Callable[[], Runner], stage: str, settings: dict[str, Any], source: Input
+) -> Runner | Row:
     """A runner, or the row that says why tiles cannot be read at this setting."""
-    from jaxhisto.errors import ConfigError, RunError
-
     try:
         return attempt(make, stage, OURS, settings)
     except (StoreError, RunError, ConfigError) as error:
-        return Row(stage, OURS, settings, why=str(error))
+        why = str(error)
+        for store in source.stores:  # a record is read elsewhere, where the path says nothing
+            why = why.replace(store, Path(store).name)
+        return Row(stage, OURS, settings, why=why)
 
 
 def drained(

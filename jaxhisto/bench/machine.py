@@ -15,7 +15,7 @@ from jaxhisto.runlog import environment
 
 SIDES = {"cpu": 512, "other": 8192}
 """Of the matrices: on a CPU so small that a product ends before another program gets the core."""
-COPIED = {"cpu": 64 << 20, "other": 2 << 30}
+COPIED = {"cpu": 256 << 20, "other": 2 << 30}
 """Bytes of the array that is copied: larger than caches."""
 GOES, CALLS = 60, {"cpu": 1, "other": 10}
 

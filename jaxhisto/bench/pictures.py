@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from jaxhisto.bench.record import OURS, Record, Row
 from jaxhisto.bench.verdict import KEYS, same
+from jaxhisto.console import counted
 
 COLOURS = {
     "read": "#bbbbbb",
@@ -90,7 +91,7 @@ def label(record: Record, row: Row) -> str:
     of = row.settings
     return (
         f"{of['model']}, {of['tile_px']} px, batch {of['batch']}, {of['precision']}\n"
-        f"{record.machine.get('device', '')}, {record.machine.get('cores')} cores"
+        f"{record.machine.get('device', '')}, {counted(record.machine.get('cores', 1), 'core')}"
     )
 
 

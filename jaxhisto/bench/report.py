@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxhisto.bench.record import BOUND, OURS, STAGES, Record, Row, find, read_record
 from jaxhisto.bench.verdict import KEYS, peaks_of, same
+from jaxhisto.console import counted
 from jaxhisto.errors import RunError
 from jaxhisto.runlog import write_atomically
 
@@ -63,11 +64,12 @@ HEAD = """# How fast training is
 What `jaxhisto bench` measured, stage by stage. This page is written by it; measure your machine and
 write your own:
 
-    jaxhisto bench --out RECORD.json                  # python -m jaxhisto.bench where tyro is missing
+    jaxhisto bench --out RECORD.json
     jaxhisto bench --report RECORD.json --out benchmarks.md
 
-An image counts once, though it is seen twice (views/s). Rows of one stage at one setting took turns;
-`spread` is slowest over fastest less 1.
+(`python -m jaxhisto.bench` takes the same flags where tyro is not installed.) An image counts once,
+though it is seen twice (views/s). Rows of one stage at one setting took turns; `spread` is slowest
+over fastest, less 1.
 """
 
 COUNTED = f"""## How it is counted
@@ -84,13 +86,13 @@ COUNTED = f"""## How it is counted
 - **Peaks** are measured on the machine in the same run: products of large matrices, and reading and
   writing a large array. Of `f32`, in float32 throughout (no TF32).
 - **Backward** is what the gradient adds: forward and backward in one program less forward alone.
-- **Floor**: no program for this step is quicker on this machine. The longer of its operations at the
-  peak and of the least bytes at the bandwidth: each convolution's input and output once, their
+- **Floor**: no program for this step is quicker on this machine. The longer of its operations at
+  the peak and of the least bytes at the bandwidth: each convolution's input and output once, their
   gradients once, weights and optimizer, everything else fused away.
 - **Verdict**: a step is compute-, memory- or communication-bound by which of three would take the
-  largest share of it alone: operations at the peak, bytes at the bandwidth, collectives as measured.
-  Bytes that a cache holds can make the second more than the whole. Training from a store is
-  input-bound where it is more than 10 % slower than the step beside it.
+  largest share of it alone: operations at the peak, bytes at the bandwidth, collectives as they
+  were measured. Bytes that a cache holds can make the second more than the whole. Training from a
+  store is input-bound where it is more than 10 % slower than the step beside it.
 - **Peak memory**: on an accelerator the most since the process began, so that a stage's is at most
   that; stages that take more come later. On a CPU, the process's while the stage ran.
 """
@@ -113,7 +115,7 @@ def device_of(record: Record) -> str:
     machine = record.machine
     many = len(machine.get("devices", ())) or 1
     times = f" x {many}" if many > 1 else ""
-    return f"{machine.get('device', 'unknown')}{times}, {machine.get('cores', '?')} cores"
+    return f"{machine.get('device', 'unknown')}{times}, {counted(machine.get('cores', 1), 'core')}"
 
 
 def day(record: Record) -> str:

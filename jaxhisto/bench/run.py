@@ -20,7 +20,7 @@ from jaxhisto.bench.record import OURS, STAGES, Record, Row, row_from_json, writ
 from jaxhisto.bench.runner import Runner, measure, missing
 from jaxhisto.bench.verdict import verdicts
 from jaxhisto.bench_config import BenchConfig
-from jaxhisto.console import say
+from jaxhisto.console import counted, say
 from jaxhisto.errors import ConfigError, StoreError
 
 CPU_BATCHES, ACCELERATOR_BATCHES = (32,), (256, 512, 1024)
@@ -89,7 +89,7 @@ def machine_of(config: BenchConfig) -> dict[str, Any]:
 def heading(machine: Mapping[str, Any]) -> str:
     """What is measured, as a line; that there is no accelerator, as another."""
     peaks = machine["peaks"]
-    line = f"{machine['device']} x {len(machine['devices'])}, {machine['cores']} cores"
+    line = f"{machine['device']} x {len(machine['devices'])}, {counted(machine['cores'], 'core')}"
     if peaks:
         products = ", ".join(f"{kind} {value:.3g}" for kind, value in peaks["tflops"].items())
         line += f"; products at most {products} TFLOP/s, memory {peaks['gb_per_s']:.3g} GB/s"
