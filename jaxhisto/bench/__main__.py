@@ -50,6 +50,8 @@ def words(hint: Any) -> dict[str, Any]:
         return {"nargs": "*", **words(get_args(hint)[0])}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"action": "store_true"}
     return {"type": hint}
 
 

@@ -41,6 +41,11 @@ def main() -> int:
 
             for entry in entries(job):
                 answer(entry=entry)
+        elif job["what"] == "cost":
+            from jaxhisto.bench import cost_child
+
+            for one in cost_child.answers(job):
+                answer(**one)
         else:
             for row in rows_of(job, lambda text: answer(say=text)):
                 answer(row=row_to_json(row))

@@ -283,8 +283,22 @@ def starts(record: Record) -> str:
     return "### Start\n\n" + table(("what", "who", "s", "core s", "spread"), rows)
 
 
-SECTIONS: tuple[Section, ...] = (says, stages, pipelines, starts)
-"""What a record has a part for, in order. Growth and cost to train have theirs from `more`."""
+def growth(record: Record) -> str:
+    """Exponents, where they were measured."""
+    from jaxhisto.bench.growth_report import section
+
+    return section(record.more["growth"]) if "growth" in record.more else ""
+
+
+def cost(record: Record) -> str:
+    """What training costs, where it was projected."""
+    from jaxhisto.bench.cost import section
+
+    return section(record.more["cost"]) if "cost" in record.more else ""
+
+
+SECTIONS: tuple[Section, ...] = (says, stages, pipelines, starts, growth, cost)
+"""What a record has a part for, in order."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from shlex import quote
 
 from jaxhisto.bench_config import BenchConfig
@@ -19,9 +20,22 @@ def bench(config: BenchConfig) -> int:
 
         say(f"wrote {write_report(config.report, config.out or 'benchmarks.md')}")
         return 0
-    from jaxhisto.bench.run import run_bench
-
-    path = run_bench(config)
+    path = measured(config)
     say(f"wrote {path}")
     say_next(f"jaxhisto bench --report {quote(str(path))} --out benchmarks.md")
     return 0
+
+
+def measured(config: BenchConfig) -> Path:
+    """The record of what the settings ask for: a recipe's cost, growth, or the stages."""
+    if config.recipe:
+        from jaxhisto.bench.projects import run_cost
+
+        return run_cost(config)
+    if config.growth:
+        from jaxhisto.bench.projects import run_growth
+
+        return run_growth(config)
+    from jaxhisto.bench.run import run_bench
+
+    return run_bench(config)
