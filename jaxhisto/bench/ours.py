@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxhisto.bench import flops, traffic
 from jaxhisto.bench.record import OURS, Row
-from jaxhisto.bench.runner import Runner
+from jaxhisto.bench.runner import Runner, Seconds
 from jaxhisto.config import ModelConfig, OptimConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.pretrain.loss import nt_xent
@@ -182,13 +182,13 @@ class Setup:
         state = self.state()
         args = (state.params, state.batch_stats, self.views)
         both = jax.jit(make_loss_and_grads(self.config)).lower(*args).compile()
-        own, whole = traffic.cost(self.forward), traffic.cost(both)
-        devices = self.mesh.size
-        moved = devices * (whole["bytes"] - own["bytes"]) if own and whole else None
+        own, added = (traffic.cost(p, self.mesh.size) for p in (self.forward, both))
+        moved = added["bytes"] - own["bytes"] if own and added else None
 
-        def run() -> float:
-            forward = seconds_of(lambda: jax.block_until_ready(self.forward(*args)))
-            return max(seconds_of(lambda: jax.block_until_ready(both(*args))) - forward, 0.0)
+        def run() -> tuple[float, float]:
+            alone = seconds_of(lambda: jax.block_until_ready(self.forward(*args)))
+            whole = seconds_of(lambda: jax.block_until_ready(both(*args)))
+            return max(whole[0] - alone[0], 0.0), max(whole[1] - alone[1], 0.0)
 
         return self._made("backward", run, count=flops.backward_flops, moved=moved)
 
@@ -264,14 +264,14 @@ class Setup:
             jitted: Any = make_train_step(self.config, *SCHEDULE)
             jitted.lower(*args).compile()
 
-        first = seconds_of(compile_it)
-        again = seconds_of(compile_it)
-        return Row("compile", OURS, self.settings | {"from_cache_s": again}, (first,))
+        first, again = seconds_of(compile_it), seconds_of(compile_it)
+        settings = self.settings | {"from_cache_s": again[0]}
+        return Row("compile", OURS, settings, first[:1], cpu_seconds=first[1:])
 
     def _made(
         self,
         stage: str,
-        run: Callable[[], float | None],
+        run: Callable[[], Seconds],
         compiled: Any = None,
         count: Callable[[str, int, int], float] | None = None,
         moved: float | None = None,
@@ -293,7 +293,7 @@ class Setup:
             bytes=of_xla.get("bytes") if moved is None else moved,
         )
 
-    def _on_mesh(self, run: Callable[[], float | None]) -> float | None:
+    def _on_mesh(self, run: Callable[[], Seconds]) -> Seconds:
         with jax.set_mesh(self.mesh):
             return run()
 
@@ -327,8 +327,8 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def seconds_of(act: Callable[[], Any]) -> float:
-    """By the clock."""
-    start = time.perf_counter()
+def seconds_of(act: Callable[[], Any]) -> tuple[float, float]:
+    """By the clock, and those that this process's cores worked."""
+    start, worked = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked

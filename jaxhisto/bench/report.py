@@ -268,13 +268,13 @@ def starts(record: Record) -> str:
     rows = []
     for row in record.rows:
         seconds = row.why or f"{row.median:.3g}"
+        worked = f"{statistics.median(row.cpu_seconds):.3g}" if row.cpu_seconds else ""
         if row.stage == "startup":
-            worked = f"{statistics.median(row.cpu_seconds):.3g}" if row.cpu_seconds else ""
             what = str(row.settings.get("line", ""))
             rows.append([what, row.who, seconds, worked, f"{row.spread:.0%}"])
         elif row.stage == "compile":
             what = "compile the step, " + worded(same(row.settings, KEYS))
-            rows.append([what, row.who, seconds, "", "one go"])
+            rows.append([what, row.who, seconds, worked, "one go"])
             if again := row.settings.get("from_cache_s"):
                 what = "the same, from the cache on disk"
                 rows.append([what, row.who, f"{again:.3g}", "", "one go"])
