@@ -101,8 +101,8 @@ def unfit(program: Program, seconds: float, limit_s: float) -> str:
     free = free_bytes(program.device)
     if free is not None and program.planned_bytes > ROOM * free:
         return (
-            f"not run: {program.planned_bytes / 1e9:.1f} GB planned, {free / 1e9:.1f} GB of "
-            "memory free"
+            f"not run: needs {program.planned_bytes / 1e9:.1f} GB, {ROOM:.0%} of the "
+            f"{free / 1e9:.1f} GB free are less"
         )
     if seconds > limit_s:
         return f"not run: {seconds:.0f} s expected, the limit is {limit_s:g} s"

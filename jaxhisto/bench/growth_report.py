@@ -97,6 +97,8 @@ def draw(growth: Mapping[str, Any], path: Path) -> Path:
 
 def panel(axes: Any, growth: Mapping[str, Any], axis: str, quantity: str) -> None:
     """One quantity over one axis: the sizes, and the fitted line."""
+    from matplotlib.ticker import NullFormatter
+
     unit = 1.0 if quantity == TIME else 1e9
     ticks: dict[float, str] = {}
     for series in growth["series"]:
@@ -115,6 +117,11 @@ def panel(axes: Any, growth: Mapping[str, Any], axis: str, quantity: str) -> Non
         if fitted:
             axes.plot(x, line(x, y, fitted["exponent"]), color=colour, linewidth=0.9)
     axes.set(xscale="log", yscale="log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    # Between powers of ten only where there would be no figure otherwise.
+    axes.yaxis.set_minor_formatter("{x:g}" if high / low < 10 else NullFormatter())
+    axes.tick_params(axis="y", which="both", labelsize=8)
     every = max(1, len(ticks) // 5)
     shown_ticks = sorted(ticks)[::every]
     axes.set_xticks(shown_ticks, [ticks[x] for x in shown_ticks], fontsize=8)

@@ -57,7 +57,7 @@ def test_a_series_is_measured_where_it_fits(monkeypatch):
     assert [len(entry["seconds"]) for entry in small] == [2, 2]
     assert all(0 < s < 5 for entry in small for s in entry["seconds"])
     assert large["why"] == (
-        f"not run: {large['planned_bytes'] / 1e9:.1f} GB planned, 0.0 GB of memory free"
+        f"not run: needs {large['planned_bytes'] / 1e9:.1f} GB, 80% of the 0.0 GB free are less"
     )
     assert large["planned_bytes"] > 4 * 4096**2  # one float32 matrix of all similarities
     slow = {"series": series | {"sizes": [16, 64]}, "repeats": 1, "limit_s": 0.1}
