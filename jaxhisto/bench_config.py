@@ -78,8 +78,9 @@ class BenchConfig:
     peer_env: tuple[str, ...] = ()
     """NAME=PYTHON: the interpreter of a peer that has an environment of its own."""
     growth: bool = False
-    """Instead: how time and memory grow with batch (64 to 16,384, or `batch_sizes`), side and
-    depth, as fitted exponents."""
+    """Instead: how time and memory grow, as fitted exponents: with the batch (64 to 16,384, or
+    `batch_sizes`), the side and the depth (32 to 224 px and 18 to 101, or several `tile_px` and
+    `models`), around the first of each."""
     limit: float = within(30.0, 0.1, 1e6)
     """Of `growth`: sizes whose step is expected to take longer, in seconds, are not run."""
     recipe: str = ""

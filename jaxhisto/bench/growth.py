@@ -20,7 +20,8 @@ from jaxhisto.console import say
 BATCHES = tuple(64 << k for k in range(9))
 """64 to 16,384."""
 SIDES = (32, 64, 96, 128, 160, 192, 224)
-DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
+MODELS = ("resnet18", "resnet34", "resnet50", "resnet101")
+DEPTHS = {"resnet10": 10, "resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101}
 LEAST = 3
 """Sizes that a fit needs: through two points goes every power."""
 CONFIDENCE = 0.95
@@ -87,15 +88,20 @@ def student(freedom: int) -> float:
     return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
-def series_of(point: Mapping[str, Any], batches: Sequence[int] = BATCHES) -> tuple[Series, ...]:
+def series_of(
+    point: Mapping[str, Any],
+    batches: Sequence[int] = BATCHES,
+    sides: Sequence[int] = SIDES,
+    models: Sequence[str] = MODELS,
+) -> tuple[Series, ...]:
     """What is measured around a setting: the loss and the step over the batch, the step over
     the side and over the depth."""
     return (
-        Series("loss, dense", "batch", tuple(batches), point),
-        Series("loss, chunked", "batch", tuple(batches), point),
-        Series("step", "batch", tuple(batches), point),
-        Series("step", "tile_px", SIDES, point),
-        Series("step", "depth", tuple(DEPTHS), point),
+        Series("loss, dense", "batch", tuple(sorted(batches)), point),
+        Series("loss, chunked", "batch", tuple(sorted(batches)), point),
+        Series("step", "batch", tuple(sorted(batches)), point),
+        Series("step", "tile_px", tuple(sorted(sides)), point),
+        Series("step", "depth", tuple(sorted(models, key=DEPTHS.__getitem__)), point),
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jaxhisto.bench.growth import QUANTITIES, value
+from jaxhisto.bench.record import Record
 
 HEAD = ("what", "over", "of", "exponent", "95 % interval", "fitted on", "at its end")
 TIME, MEMORY = QUANTITIES
@@ -28,6 +31,8 @@ def section(growth: Mapping[str, Any]) -> str:
     ]
     for series in growth["series"]:
         lines += [f"| {' | '.join(row)} |" for row in rows(series)]
+    if growth.get("picture"):
+        lines += ["", f"![Time and memory over batch, side and depth]({growth['picture']})"]
     missing = [line for series in growth["series"] for line in unmeasured(series)]
     if missing:
         lines += ["", *missing]
@@ -62,6 +67,16 @@ def unmeasured(series: Mapping[str, Any]) -> Iterator[str]:
 def shown(size: Any) -> str:
     """A size as people write it."""
     return f"{size:,}" if isinstance(size, int) else str(size)
+
+
+def drawn(record: Record, path: Path) -> Record:
+    """The record with the name of a picture of its growth, drawn at `path`; as it is where it has
+    no growth, or matplotlib is not installed."""
+    growth = record.more.get("growth")
+    if not growth or not find_spec("matplotlib"):
+        return record
+    named = {**growth, "picture": draw(growth, path).name}
+    return replace(record, more={**record.more, "growth": named})
 
 
 def draw(growth: Mapping[str, Any], path: Path) -> Path:

@@ -52,6 +52,7 @@ class Peer:
     packages: str
 
 
+OF_DATA = ("read", "pipeline")
 STEP = ("forward", "backward", "optimizer", "step", "pipeline")
 PEERS = {
     "pytorch": Peer(STEP, "torch torchvision"),
@@ -133,7 +134,7 @@ def prepare_peer(
         stage=stage,
         who=who,
         run=process.turn,
-        images=job.images or job.batch,
+        images=job.images if stage in OF_DATA else job.batch,
         settings={**named, "peer": process.settings},
         close=process.close,
         peak=lambda: process.peak,
@@ -153,7 +154,7 @@ def unfit(job: PeerJob, settings: Mapping[str, Any]) -> str:
         return f"not measured: the PyTorch peers run on one device, not on {devices}"
     if settings.get("platform") == "tpu":
         return "not measured: the PyTorch peers run on a CPU or a GPU"
-    if job.stage in ("read", "pipeline") and not job.files:
+    if job.stage in OF_DATA and not job.files:
         return "not measured: the DataLoaders read the JPEGs of one tile store, and there is none"
     return ""
 

@@ -8,9 +8,11 @@ both lose. What can be set up in more than one way is tried in all, and the quic
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 TRIED = 8  # tiles of which the ways are timed
 CROPS = ("slice", "resample")
 PLACES = ("from the start", "after geometry", "before blur")
@@ -176,8 +179,16 @@ class Pooled(Views):
 def _begin() -> None:
     import torch
 
+    _end_with_parent()
     torch.set_num_threads(1)
     torch.manual_seed(os.getpid())
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait for work that never comes where their parent was killed (Linux)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _share(rows: tuple[int, int]) -> None:

@@ -61,13 +61,13 @@ def counts(job: PeerJob) -> list[int]:
     return sorted({0, 1, job.threads // 2, job.threads})
 
 
-def loader(dataset: Any, job: PeerJob, workers: int) -> Batches:
-    """Batches without end."""
+def loader(dataset: Any, job: PeerJob, workers: int, pinned: bool = False) -> Batches:
+    """Batches without end; `pinned`: in memory that a GPU copies from at its own pace."""
     from torch.utils.data import DataLoader
 
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     batches = DataLoader(
-        dataset, job.batch, shuffle=True, drop_last=True, num_workers=workers,
+        dataset, job.batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned,
         persistent_workers=workers > 0, multiprocessing_context=method if workers else None,
     )  # fmt: skip
     if not len(batches):
@@ -109,7 +109,7 @@ def pipeline(job: PeerJob) -> Prepared:
     datasets = {"workers": TwoViews(files, transform), "device": files}
 
     def feed(way: str, workers: int) -> Iterator[Any]:
-        for batch in loader(datasets[way], job, workers):
+        for batch in loader(datasets[way], job, workers, setup.device.type == "cuda"):
             if way == "device" and views is not None:
                 yield views(batch.permute(0, 3, 1, 2))
             else:

@@ -136,6 +136,9 @@ class Setup:
 
     def settings(self) -> dict[str, Any]:
         """What was set, for the record."""
+        import torch
+
+        on_gpu = self.device.type == "cuda"
         from_lightly = self.job.who.startswith("lightly")
         where = "lightly" if from_lightly else "plain"
         return {
@@ -146,7 +149,7 @@ class Setup:
             "loss": f"{where} NT-Xent",
             "lars": f"{where} LARS",
             "threads": self.job.threads,
-            "platform": self.device.type,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         }
 
 

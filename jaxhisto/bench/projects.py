@@ -13,11 +13,13 @@ from jaxhisto.console import say
 from jaxhisto.errors import RunError
 
 SMALL_SIDE = 32
-"""Side of growth's tiles on a CPU, px, where none is given: at 224 px a batch takes many seconds."""
+"""Side of growth's tiles on a CPU, px, where none is given: at 224 px a batch takes long."""
 
 
 def run_growth(config: BenchConfig) -> Path:
     """Measures how a step grows around the first model and side that the settings name.
+
+    Several sides or models are those to grow over, in place of the usual ones.
 
     Returns:
       The record's path; `growth` in it is as `growth.measure_growth` gives it.
@@ -26,7 +28,7 @@ def run_growth(config: BenchConfig) -> Path:
       RunError: a process that measures ended, and not for want of memory.
     """
     from jaxhisto.bench import run
-    from jaxhisto.bench.growth import BATCHES, measure_growth, series_of
+    from jaxhisto.bench.growth import BATCHES, MODELS, SIDES, measure_growth, series_of
 
     run.limit_cores(config.threads)
     path = Path(config.out or "growth.json")
@@ -46,7 +48,10 @@ def run_growth(config: BenchConfig) -> Path:
     record = Record(run.said_settings(base), machine)
     write_record(path, record)  # a folder that cannot be written is said before, not after
     env = run.devices_env(base, machine)
-    found = measure_growth(series_of(point, sizes), config.repeats, config.limit, env)
+    sides = config.tile_px if len(config.tile_px) > 1 else SIDES
+    models = config.models if len(config.models) > 1 else MODELS
+    series = series_of(point, sizes, sides, models)
+    found = measure_growth(series, config.repeats, config.limit, env)
     write_record(path, dataclasses.replace(record, more={"growth": found}))
     return path
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxhisto.bench import cost as cost_to_train
+from jaxhisto.bench import growth_report
 from jaxhisto.bench.record import (
     BOUND,
     OF_DATA,
@@ -41,6 +43,10 @@ def write_report(records: Sequence[str | Path], out: str | Path) -> Path:
     found = [read_record(path) for path in paths]
     if not out.parent.is_dir():
         raise RunError(f"{out.parent}: no such folder; make it, or give --out another place.")
+    found = [
+        growth_report.drawn(record, out.with_name(f"{out.stem}-growth-{i}.png"))
+        for i, record in enumerate(found)
+    ]
     picture = drawn(found, out)
     write_atomically(out, text(found, [path.name for path in paths], picture))
     return out
@@ -285,16 +291,14 @@ def starts(record: Record) -> str:
 
 def growth(record: Record) -> str:
     """Exponents, where they were measured."""
-    from jaxhisto.bench.growth_report import section
-
-    return section(record.more["growth"]) if "growth" in record.more else ""
+    found = record.more.get("growth")
+    return growth_report.section(found) if found else ""
 
 
 def cost(record: Record) -> str:
     """What training costs, where it was projected."""
-    from jaxhisto.bench.cost import section
-
-    return section(record.more["cost"]) if "cost" in record.more else ""
+    found = record.more.get("cost")
+    return cost_to_train.section(found) if found else ""
 
 
 SECTIONS: tuple[Section, ...] = (says, stages, pipelines, starts, growth, cost)

@@ -14,6 +14,7 @@ from jaxhisto.bench.record import Record, Row, read_record, row_to_json, write_r
 from jaxhisto.bench.runner import Runner
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.errors import ConfigError, RunError
+from jaxhisto.flags import shipped_configs
 
 AT = {"model": "resnet18", "tile_px": 224, "batch": 512, "precision": "bf16", "devices": 1}
 RECIPE = "pretrain_resnet18"
@@ -112,6 +113,28 @@ def test_a_recipe_of_a_record(tmp_path, capsys):
     assert "energy not known" in cost.section(found.more["cost"])
     with pytest.raises(RunError, match="a file of their own"):
         projects.run_cost(dataclasses.replace(config, out=str(source)))
+
+
+def test_on_the_command_line(tmp_path, jaxhisto):
+    source, out = tmp_path / "bench.json", tmp_path / "cost.json"
+    write_record(source, record(row()))
+    line = ("bench", "--recipe", RECIPE, "--record", source, "--tiles", "10240", "--out", out)
+    code, said, _ = jaxhisto(*line)
+    assert code == 0
+    mine, papers, wrote, following = said.splitlines()
+    assert mine.startswith("pretrain_resnet18, 10,240 tiles, resnet18, jaxhisto: 0.556 h at 5,120")
+    assert papers.startswith("the paper's recipe (sec. 5)")
+    assert (wrote, following) == (
+        f"wrote {out}",
+        f"next: jaxhisto bench --report {out} --out benchmarks.md",
+    )
+    assert jaxhisto(*line[:2], "nowhere.toml", *line[3:])[::2] == (
+        2,
+        "jaxhisto bench: nowhere.toml: no such file; give a TOML file or one of "
+        f"{', '.join(shipped_configs())}.\n",
+    )
+    code, _, err = jaxhisto(*line[:4], tmp_path / "absent.json", *line[5:])
+    assert (code, "no such file; name a record" in err) == (1, True)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):

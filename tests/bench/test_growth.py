@@ -9,6 +9,8 @@ import pytest
 
 from jaxhisto.bench import growth, growth_child, growth_report
 from jaxhisto.bench.child import OutOfMemory
+from jaxhisto.bench.record import Record, write_record
+from jaxhisto.bench.report import write_report
 
 POINT = {"model": "resnet10", "tile_px": 32, "batch": 4, "precision": "f32", "devices": 1}
 
@@ -116,5 +118,8 @@ def test_the_report_has_the_exponents(grown, tmp_path):
     assert "| step | batch | memory | 1.00 | 1.00 to 1.00 | 64 to 16,384 | 1.00 |" in text
     assert "| step | depth | time | 0.50 |" in text
     assert "16,384: not run: 90 s expected, the limit is 30 s" in text
-    path = growth_report.draw(grown, tmp_path / "growth.png")
-    assert path.stat().st_size > 10_000
+    source = tmp_path / "growth.json"
+    write_record(source, Record({}, {"device": "made"}, more={"growth": grown}))
+    page = write_report([source], tmp_path / "page.md").read_text()
+    assert "](page-growth-0.png)" in page
+    assert (tmp_path / "page-growth-0.png").stat().st_size > 10_000

@@ -226,3 +226,39 @@ def test_environments_of_peers(interpreter):
     with pytest.raises(ConfigError, match="no interpreter there"):
         peers.peer_envs(["kornia=/nowhere/python"])
     assert peers.peers_of("augment") == ("torchvision", "kornia")
+
+
+TINY = {"model": "resnet10", "tile_px": 32, "batch": 4, "threads": 2, "platform": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "who", "found"),
+    [
+        ("augment", "torchvision", {"processes": 2}),
+        ("forward", "pytorch", {"torch_compile": False}),
+        ("backward", "pytorch", {"memory_format": "channels_last"}),
+        ("optimizer", "lightly", {"lars": "lightly LARS"}),
+        ("step", "pytorch", {"autocast": False, "tf32": False}),
+        ("pipeline", "pytorch", {"views_made_in": "workers", "decoder": "torchvision"}),
+        ("forward", "pytorch-compiled", {"torch_compile": True}),
+    ],
+)
+def test_a_peer_of_each_stage(tmp_path, stage, who, found):
+    for i, pixels in enumerate(
+        np.random.default_rng(4).integers(0, 256, (12, 32, 32, 3), np.uint8)
+    ):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg")
+    settings = TINY | {"files": str(tmp_path), "images": 8}
+    runner = peers.prepare_peer(stage, settings, who)
+    if who == "pytorch-compiled" and isinstance(runner, Row):
+        assert re.match("not ready|.*Error", runner.why)  # no compiler here: the row says so
+        return
+    assert isinstance(runner, Runner), runner
+    (row,) = measure([runner], 2)
+    runner.close()
+    assert not row.why
+    assert row.settings["peer"].items() >= found.items()
+    assert min(row.seconds) >= 0
+    assert row.median < 60
+    assert row.images == (8 if stage == "pipeline" else 4)
