@@ -69,9 +69,12 @@ def bars(axes: Any, steps: Sequence[tuple[Record, Row]]) -> None:
             x += width
         whole = 1e3 * step.median / step.images
         axes.plot([whole, whole], [y - 0.42, y + 0.42], color="black", linewidth=2)
+        if theirs := quickest_peer(record, step):
+            at = 1e3 * theirs.median / theirs.images
+            axes.plot([at, at], [y - 0.42, y + 0.42], color="red", linewidth=2, linestyle="--")
     axes.set_yticks(range(len(steps)), [label(record, row) for record, row in steps])
     axes.invert_yaxis()
-    axes.set_xlabel("ms an image (black: the whole step, without reading)")
+    axes.set_xlabel("ms an image (black: the whole step; red: the quickest peer's)")
     from matplotlib.patches import Patch
 
     marks = [Patch(color=colour, label=stage) for stage, colour in COLOURS.items()]
@@ -87,6 +90,20 @@ def of_stage(record: Record, stage: str, step: Row) -> Row | None:
         if row.stage == stage and row.who == OURS and row.seconds and row.images and held:
             return row
     return None
+
+
+def quickest_peer(record: Record, step: Row) -> Row | None:
+    """The peer whose step at this setting takes the least time an image."""
+    at = same(step.settings, KEYS)
+    theirs = [
+        row
+        for row in record.rows
+        if row.stage == "step"
+        and row.who != OURS
+        and row.seconds
+        and same(row.settings, KEYS) == at
+    ]
+    return max(theirs, key=lambda row: row.images_per_s, default=None)
 
 
 def label(record: Record, row: Row) -> str:

@@ -184,7 +184,7 @@ def stages(record: Record) -> str:
         rows = [cells(row, record) for row in of_point(record, point)]
         head = ("stage", "who", "images/s", "views/s", "s, median", "spread", "images/core s",
                 "TFLOP/s", "of peak", "GB/s", "of bandwidth", "peak memory, GB",
-                "ours / theirs")  # fmt: skip
+                "ours / theirs", "by core s")  # fmt: skip
         parts.append(f"### {worded(point)}\n\n{table(head, rows)}")
     return "\n".join(parts)
 
@@ -215,11 +215,16 @@ def of_point(record: Record, point: dict[str, Any]) -> Iterator[Row]:
 def cells(row: Row, record: Record) -> list[str]:
     """A row of a table."""
     if row.why:
-        return [row.stage, row.who, row.why, *[""] * 10]
+        return [row.stage, row.who, row.why, *[""] * 11]
     peak, width = peaks_of(row, record)
     moves_memory = row.stage not in ("to_device", "communication")
     products = row.stage in ("forward", "backward", "step")
-    speed = row.flops / row.median if row.flops and row.median > 0 else None
+    ours, on_cpu = ours_of(row, record), record.machine.get("platform") == "cpu"
+    # A network's products are as many whoever computes them; a peer counts none.
+    count = row.flops
+    if count is None and products and ours and ours.flops:
+        count = ours.flops / ours.images * row.images
+    speed = count / row.median if count and row.median > 0 else None
     rate = row.bytes / row.median if row.bytes and row.median > 0 else None
     return [
         row.stage,
@@ -228,25 +233,33 @@ def cells(row: Row, record: Record) -> list[str]:
         number(row.views_per_s),
         f"{row.median:.3g}",
         f"{row.spread:.0%}" + ("" if row.conclusive else ", inconclusive"),
-        number(row.images_per_cpu_s) if record.machine.get("platform") == "cpu" else "",
+        number(row.images_per_cpu_s) if on_cpu else "",
         number(speed and speed / 1e12),
         percent(speed and peak and speed / peak) if products else "",
         number(rate and rate / 1e9),
         percent(rate and width and rate / width) if moves_memory else "",
         number(row.peak_bytes and row.peak_bytes / 1e9),
-        against(row, record),
+        against(row, ours),
+        against(row, ours, "images_per_cpu_s") if on_cpu else "",
     ]
 
 
-def against(row: Row, record: Record) -> str:
-    """Of a peer: our speed over its; bold where it should be looked at, which is all of them."""
+def ours_of(row: Row, record: Record) -> Row | None:
+    """Of a peer: our row at its setting, where it has a figure."""
     if row.who == OURS:
+        return None
+    ours = find(record.rows, row.stage, OURS, beside=None, **same(row.settings, (*KEYS, "cache")))
+    return ours if ours and ours.seconds else None
+
+
+def against(row: Row, ours: Row | None, speed: str = "images_per_s") -> str:
+    """Our speed over a peer's; by the clock only as far as both are conclusive."""
+    if ours is None or not row.seconds:
         return ""
-    ours = find(record.rows, row.stage, OURS, **same(row.settings, (*KEYS, "cache")))
-    if ours is None or not ours.seconds or not row.seconds:
+    ratio = getattr(ours, speed) / getattr(row, speed)
+    if not math.isfinite(ratio):
         return ""
-    ratio = ours.images_per_s / row.images_per_s
-    sure = ours.conclusive and row.conclusive
+    sure = speed != "images_per_s" or (ours.conclusive and row.conclusive)
     return f"{ratio:.2f}" + ("" if sure else ", inconclusive")
 
 

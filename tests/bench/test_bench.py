@@ -23,7 +23,7 @@ from jaxhisto.errors import ConfigError, RunError
 
 GB = 1 << 30
 IMAGES = 12
-TINY = ("--models", "resnet10", "--tile-px", "32", "--repeats", "3")
+TINY = ("--models", "resnet10", "--tile-px", "32", "--repeats", "3", "--peers")
 
 
 def bench(out, *args, memory=0, **env):

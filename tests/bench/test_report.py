@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from jaxhisto.bench.record import Record, Row, write_record
+from jaxhisto.bench.record import Record, Row, read_record, write_record
+from jaxhisto.bench.report import text as report_text
 from jaxhisto.bench.verdict import verdicts
+
+ROOT = Path(__file__).resolve().parents[2]
 
 AT = {"model": "resnet18", "tile_px": 64, "batch": 8, "precision": "f32", "devices": 1,
       "threads": 2, "data": "synthetic"}  # fmt: skip
@@ -106,3 +112,12 @@ def test_what_is_no_record_is_refused(jaxhisto, tmp_path):
     write_record(tmp_path / "r.json", made())
     out = tmp_path / "absent" / "b.md"
     assert "no such folder" in jaxhisto("bench", "--report", tmp_path / "r.json", "--out", out)[2]
+
+
+def test_the_docs_hold_what_the_records_give():
+    doc = ROOT / "docs" / "benchmarks.md"
+    text = doc.read_text(encoding="utf-8")
+    names = re.findall(r"^Record `([\w.-]+)`", text, re.MULTILINE)
+    records = [read_record(ROOT / "benchmarks" / "records" / name) for name in names]
+    assert text == report_text(records, names, "benchmarks.png")
+    assert doc.with_suffix(".png").is_file()

@@ -69,11 +69,15 @@ def test_a_slow_reader_turns_the_verdict():
             time.sleep(seconds)
             yield 0
 
-    step = replace(STEP, seconds=(0.02,), flops=0.12e12, bytes=0.4e9)
-    for delay, bound in ((0.0, "compute"), (0.02, "input")):
-        took = drained(feed(delay), 2, 3, lambda item: time.sleep(0.02))[0] / 3
-        found = verdicts(record(step, pipeline((took,))))
-        assert of(found, "pipeline")["bound"] == bound, took
+    def took(delay):
+        trained = [drained(feed(delay), 1, 3, lambda item: time.sleep(0.02))[0] for _ in range(3)]
+        return min(trained) / 3  # the least disturbed
+
+    step = replace(STEP, seconds=(took(0.0),), flops=0.12e12, bytes=0.4e9)
+    assert of(verdicts(record(step, pipeline(step.seconds))), "pipeline")["bound"] == "compute"
+    found = of(verdicts(record(step, pipeline((took(0.1),)))), "pipeline")
+    assert found["bound"] == "input"
+    assert found["share"] < 0.5
 
 
 def test_the_step_beside_the_pipeline_is_what_it_is_held_against():
