@@ -37,12 +37,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from jaxhisto.bench.machine import processor
+from jaxhisto.bench.made import made_store
 
 USUAL = ("files+torchvision", "files+pillow", "store+torchvision", "store+tfds")
 BY_HAND = ("files+simplejpeg",)  # a decoder that a user has to bring
 SPREAD = 0.25  # (fastest - slowest) / median, above which the clock concludes nothing
-MADE = 512  # tiles of a made store
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     if args.json:
         from jaxhisto.runlog import environment
 
-        record |= environment([cpu_name()])
+        record |= environment([processor()])
         record["command"] = ["benchmarks/loader.py", "--batch", str(args.batch)]
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     if args.step:
@@ -241,37 +241,6 @@ def verdict(loader: float, step: float) -> str:
         f"compute-bound: the step takes {step:,.0f} images/s and the loader gives {loader:,.0f}, "
         f"{loader / step:.1f} x as many"
     )
-
-
-def made_store(path: Path) -> Path:
-    """A store of spots under a fine grain, whose JPEGs take about the bytes of stained tiles."""
-    import cv2
-
-    from jaxhisto.data.store_writer import StoreWriter, Tile, encode_jpeg, write_part, write_record
-
-    rng, side = np.random.default_rng(0), 224
-
-    def tile(i: int) -> Tile:
-        spots = cv2.resize(rng.integers(0, 256, (28, 28, 3), np.uint8), (side, side))
-        pixels = np.clip(spots + rng.normal(0, 8, (side, side, 3)), 0, 255).astype(np.uint8)
-        return Tile(encode_jpeg(pixels, 95, "4:4:4"), "made", "made", 0, i, 0.5, "flag")
-
-    with StoreWriter(path, {}) as writer:
-        part = write_part(path, "made", map(tile, range(MADE)))
-        entry = {"bytes": part["bytes"], "sha256": part["sha256"]}
-        record = {"id": "made", "tile_mpp": 0.5, "tiles": part["tiles"], "part": entry}
-        write_record(path, record)
-        facts = {"dataset": "made", "tile_px": side, "failures": [], "code_version": "0"}
-        writer.finish([record], facts, lambda manifest: "<html></html>")
-    return path
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((li.split(":", 1)[1].strip() for li in lines if li.startswith("model name")), "cpu")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxhisto.bench.peers_read import (
+    Files,
+    Stored,
+    as_tensor,
+    by_pillow,
+    by_simplejpeg,
+    by_torchvision,
+    decoders,
+    torchvision_reads,
+)
+from jaxhisto.bench.worker_clock import cpu_seconds, on_cores
 
 CHECKED = 16  # tiles whose pixels are compared
 WARM = 6  # batches that do not count: more than any side reads ahead
@@ -63,27 +74,6 @@ def counted(batches: Batches, batch: int, images: int) -> dict[str, float]:
         seconds, cpu = time.perf_counter() - began, cpu_seconds(workers) - worked
     assert n == steps * batch
     return {"images_per_s": n / seconds, "images_per_cpu_s": n / cpu}
-
-
-def cpu_seconds(workers: list[int | None]) -> float:
-    """Of this process and of some that it started."""
-    # Linux's clock of another process: clock_getcpuclockid(3), which Python does not have.
-    clocks = [(~pid << 3) | 2 for pid in workers if pid]
-    return time.process_time() + sum(time.clock_gettime(clock) for clock in clocks)
-
-
-@contextlib.contextmanager
-def on_cores(count: int) -> Iterator[None]:
-    """Threads and processes that are started inside use the first `count` cores of those here."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:count])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def version(name: str) -> str:
@@ -151,8 +141,8 @@ class Torch:
             file.write_bytes(data)
         self.datasets = {
             "files+torchvision": Files(files, by_torchvision, torchvision_reads),
-            "files+pillow": Files(files, Tensors(by_pillow)),
-            "files+simplejpeg": Files(files, Tensors(by_simplejpeg)),
+            "files+pillow": Files(files, partial(as_tensor, by_pillow)),
+            "files+simplejpeg": Files(files, partial(as_tensor, by_simplejpeg)),
             "store+torchvision": Stored(job["store"], encoded=True),
             "store+tfds": Stored(job["store"], encoded=False),
         }
@@ -176,115 +166,6 @@ class Torch:
         )  # fmt: skip
         while True:
             yield from loader
-
-
-class Files:
-    """A map-style Dataset of JPEG files."""
-
-    def __init__(self, files: list[Path], decode: Callable[[Any], Any], read: Any = None) -> None:
-        self.files, self.decode, self.read = [str(file) for file in files], decode, read or bytes_of
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.decode(self.read(self.files[i]))
-
-
-class Stored:
-    """A map-style Dataset over TFDS's data source of a store."""
-
-    def __init__(self, store: str, encoded: bool) -> None:
-        import tensorflow_datasets as tfds
-
-        skip = {"image": tfds.decode.SkipDecoding()} if encoded else None
-        builder = tfds.builder_from_directory(store)
-        self.source, self.encoded = builder.as_data_source("train", decoders=skip), encoded
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> Any:
-        import torch
-
-        image = self.source[int(i)]["image"]
-        if not self.encoded:
-            return torch.from_numpy(image)
-        return by_torchvision(torch.frombuffer(bytearray(image), dtype=torch.uint8))
-
-
-def bytes_of(file: str) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read()
-
-
-def torchvision_reads(file: str) -> Any:
-    from torchvision.io import read_file
-
-    return read_file(file)
-
-
-def by_torchvision(data: Any) -> Any:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    return decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0)  # as it lies in memory
-
-
-class Tensors:
-    """A decoder's arrays as tensors; a class, for workers that are spawned."""
-
-    def __init__(self, decode: Callable[[bytes], np.ndarray]) -> None:
-        self.decode = decode
-
-    def __call__(self, data: bytes) -> Any:
-        import torch
-
-        return torch.from_numpy(self.decode(data))
-
-
-def by_pillow(data: bytes) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))  # a copy: torch wants to write
-
-
-def by_opencv(data: bytes) -> np.ndarray:
-    import cv2
-
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), flags), cv2.COLOR_BGR2RGB)
-
-
-def by_simplejpeg(data: bytes) -> np.ndarray:
-    import simplejpeg
-
-    return simplejpeg.decode_jpeg(data, "RGB")
-
-
-def decoders(jpegs: list[bytes], repeats: int) -> dict[str, list[float]]:
-    """Images a CPU second of each decoder alone, in one thread, by turns."""
-    import torch
-
-    from jaxhisto.data.images import decode_jpeg
-
-    tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
-    ways: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
-        "jaxhisto": (decode_jpeg, jpegs),
-        "simplejpeg": (by_simplejpeg, jpegs),
-        "opencv": (by_opencv, jpegs),
-        "torchvision": (by_torchvision, tensors),
-        "pillow": (by_pillow, jpegs),
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, (decode, data) in ways.items():
-            began = time.thread_time()
-            for one in data:
-                decode(one)
-            if turn:  # the first does not count
-                found[name].append(len(data) / (time.thread_time() - began))
-    return found
 
 
 if __name__ == "__main__":

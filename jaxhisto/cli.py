@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from jaxhisto import __version__
+from jaxhisto.bench_config import BenchConfig
 from jaxhisto.config import (
     DemoConfig,
     DistributedConfig,
@@ -191,6 +192,14 @@ def doctor(argv: Sequence[str]) -> int:
     return examine(config)
 
 
+def bench(argv: Sequence[str]) -> int:
+    """how quick training is on this machine, stage by stage, and what holds it up"""
+    config = parse(BenchConfig, argv, "bench", recipe=False)
+    from jaxhisto.bench.verb import bench as run
+
+    return run(config)
+
+
 def check_init(init: str) -> None:
     """Refuses to start several processes from a run folder, whose export is one process's work.
 
@@ -230,6 +239,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
         zoo,
         *DOWNSTREAM,
         plot,
+        bench,
         doctor,
     )
 }

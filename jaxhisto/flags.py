@@ -33,7 +33,7 @@ def parse(cls: type[Config], argv: Sequence[str], verb: str, recipe: bool = True
     # A folder of slides may bear a recipe's name: what exists wins.
     named = args and args[0] in shipped_configs() and not Path(args[0]).exists()
     if recipe and (named or (args and args[0].endswith(".toml"))):
-        path = _config_file(args.pop(0))
+        path = config_file(args.pop(0))
         args = _file_flags(cls, path, args) + args
     parsed = tyro.cli(
         _with_marks(cls),
@@ -82,7 +82,12 @@ def _fields(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cls)
 
 
-def _config_file(name: str) -> Path:
+def config_file(name: str) -> Path:
+    """A TOML file, or one of the shipped recipes by its bare name.
+
+    Raises:
+      ConfigError: there is neither.
+    """
     path = Path(name)
     if not path.exists():
         path = shipped_configs().get(path.stem if path.parent == Path() else name, path)

@@ -37,9 +37,9 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
 
 
-def from_json(cls: type[Config], text: str) -> Config:
+def from_json(cls: type[Config], text: str, where: str = "config.json") -> Config:
     """Reads what `to_json` wrote; a key that this version does not know raises ConfigError."""
-    return check(_build(cls, json.loads(text), "config.json"))
+    return check(_build(cls, json.loads(text), where))
 
 
 def identity(config: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import io
 
 import cv2
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
@@ -80,6 +79,8 @@ def decode_jpeg(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np
     """
     if not data.startswith(JPEG_START) or not jpeg_is_whole(data):
         raise ImageError("is not a whole JPEG", "cut the slides again")
+    import simplejpeg  # here, so that machines that only train from memory need not have it
+
     try:
         # Its defaults are the exact DCT and the smooth upsampling, which OpenCV uses too.
         tile: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", buffer=out)

@@ -1,0 +1,1 @@
+"""Measuring training, stage by stage, beside its peers: `jaxhisto bench`."""

@@ -1,0 +1,229 @@
+"""`jaxhisto bench` as a process, on what goes wrong: memory, stores, packages, flags."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxhisto.bench import run
+from jaxhisto.bench.__main__ import parsed
+from jaxhisto.bench.ours import exchanges
+from jaxhisto.bench.record import find, read_record
+from jaxhisto.bench_config import BenchConfig
+from jaxhisto.distributed import make_mesh, to_global
+from jaxhisto.errors import ConfigError, RunError
+
+GB = 1 << 30
+IMAGES = 12
+TINY = ("--models", "resnet10", "--tile-px", "32", "--repeats", "3", "--peers")
+
+
+def bench(out, *args, memory=0, **env):
+    """Runs the bench as a process, with at most so many bytes of address space."""
+
+    def limit():
+        if memory:
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+    command = [sys.executable, "-m", "jaxhisto.bench", *TINY, "--out", str(out), *map(str, args)]
+    return subprocess.run(
+        command, env=os.environ | env, preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, images):
+    """A sweep of which one batch fits and the other neither into memory nor out of the store."""
+    out = tmp_path_factory.mktemp("swept") / "r.json"
+    large = 8_000_000  # of 32 px: 24 GB of pixels
+    args = ("--batch-sizes", 4, large, "--stages", "read", "to_device", "--stores", images)
+    done = bench(out, *args, memory=16 * GB)
+    assert done.returncode == 0, done.stderr
+    return read_record(out), large, done.stdout
+
+
+def test_a_size_that_does_not_fit_is_recorded_and_the_sweep_goes_on(swept):
+    record, large, _ = swept
+    fits, not_ = (find(record.rows, "to_device", batch=batch) for batch in (4, large))
+    assert len(fits.seconds) == 3
+    assert fits.bytes == 4 * (32 * 32 * 3 + 2 * 4)
+    assert (not_.why, not_.seconds) == ("out of memory", ())
+
+
+def test_a_store_smaller_than_the_batch_is_said(swept):
+    record, large, _ = swept
+    fits, not_ = (find(record.rows, "read", batch=batch) for batch in (4, large))
+    assert fits.images_per_s > 0
+    assert (fits.settings["data"], fits.settings["tiles"]) == ("store", IMAGES)
+    assert f"{IMAGES} tiles cannot fill a batch of {large}" in not_.why
+
+
+def test_without_an_accelerator_it_says_so_and_measures_the_cpu(swept):
+    record, _, said = swept
+    assert "no accelerator" in said
+    assert record.machine["platform"] == "cpu"
+    assert said.splitlines()[-1].startswith("next: jaxhisto bench --report ")
+
+
+def test_a_record_names_no_place(swept, images):
+    record, _, _ = swept
+    assert str(images) not in str(record)
+    assert str(Path.home()) not in str(record)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """PYTHONPATH of a machine with an accelerator and little else; children inherit it."""
+    absent = ("grain", "tensorflow_datasets", "openslide", "tyro", "kornia", "lightly",
+              "simplejpeg", "array_record", "torch")  # fmt: skip
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {absent}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    return f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+def test_without_the_packages_of_reading_the_rest_is_measured(bare, tmp_path):
+    out = tmp_path / "r.json"
+    args = ("--batch-sizes", 4, "--stages", "read", "to_device")
+    done = bench(out, *args, PYTHONPATH=bare)
+    assert done.returncode == 0, done.stderr
+    assert "no store can be made (not installed: pip install" in done.stdout
+    rows = read_record(out).rows
+    assert find(rows, "to_device").seconds
+    assert "no store" in find(rows, "read").why
+
+
+@pytest.mark.slow
+def test_without_them_training_from_memory_is_measured(bare, tmp_path):
+    out = tmp_path / "r.json"
+    done = bench(out, "--batch-sizes", 4, "--stages", "pipeline", PYTHONPATH=bare)
+    assert done.returncode == 0, done.stderr
+    rows = read_record(out).rows
+    for cache in ("host", "device"):
+        row = find(rows, "pipeline", cache=cache)
+        assert row.seconds, row
+        assert row.settings["data"] == "synthetic"
+    assert "no store" in find(rows, "pipeline", cache="none").why
+
+
+def test_flags_that_are_none(jaxhisto, tmp_path):
+    out = ("--out", tmp_path / "r.json")
+    for wrong in (("--stages", "warp"), ("--models", "resnet19")):
+        assert jaxhisto("bench", *wrong, *out)[0] == 2
+        with pytest.raises(SystemExit) as stopped:
+            parsed([str(word) for word in wrong])
+        assert stopped.value.code == 2
+    code, _, err = jaxhisto("bench", "--stores", tmp_path / "absent", *out)
+    assert code == 1
+    assert "absent: no such file or folder" in err
+    code, _, err = jaxhisto("bench", "--out", tmp_path / "nowhere" / "r.json")
+    assert code == 1
+    assert "nowhere: no such folder" in err
+    assert jaxhisto("bench", "--batch-sizes", 1, *out)[0] == 2
+    assert jaxhisto("bench", "--stages", *out)[0] == 2
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_both_ways_to_give_flags_mean_the_same(monkeypatch):
+    args = ["--models", "resnet18", "resnet50", "--batch-sizes", "8", "16", "--cache", "host",
+            "--precision", "bf16", "--out", "r.json"]  # fmt: skip
+    from jaxhisto.flags import parse
+
+    assert parsed(args) == parse(BenchConfig, args, "bench", recipe=False)
+    assert parsed([]) == parse(BenchConfig, [], "bench", recipe=False)
+    with pytest.raises(ConfigError, match="--batch-sizes"):
+        parsed(["--batch-sizes", "1"])
+
+
+def test_what_depends_on_the_machine():
+    gpu = {"platform": "gpu", "devices": ["x", "x"]}
+    found = run.completed(BenchConfig(), gpu)
+    assert (found.precision, found.batch_sizes, found.devices) == ("bf16", (256, 512, 1024), 2)
+    found = run.completed(BenchConfig(batch_sizes=(8, 4)), {"platform": "cpu", "devices": ["x"]})
+    assert (found.precision, found.batch_sizes, found.devices) == ("f32", (4, 8), 1)
+    with pytest.raises(ConfigError, match="257 does not divide among 2 devices"):
+        run.completed(BenchConfig(batch_sizes=(257,)), gpu)
+
+
+def test_a_child_that_ends_is_told_apart_by_how():
+    from jaxhisto.bench.child import OutOfMemory, end
+
+    end(0, "warnings")
+    for code, said in ((-9, ""), (1, "RESOURCE_EXHAUSTED: Out of memory"), (-6, "std::bad_alloc")):
+        with pytest.raises(OutOfMemory):
+            end(code, said)
+    with pytest.raises(RunError, match=r"code 1 \(KeyError: 'x'\)"):
+        end(1, "Traceback\nKeyError: 'x'\n")
+
+
+def test_the_exchanges_are_sums_over_all_devices():
+    """By hand, on four devices; and what is compiled holds the collectives, and nothing else."""
+    mesh = make_mesh(4)
+    grads = {"w": np.arange(6, dtype=np.float32)}
+    stats = {"bn1": {"mean": np.ones(3, np.float32), "var": np.ones(3, np.float32)}}
+    z = to_global(np.ones((8, 2, 4), np.float32), mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(exchanges(mesh)).lower(grads, stats, z).compile()
+        chain, every, summed = compiled(grads, stats, z)
+    np.testing.assert_allclose(np.asarray(summed["w"]), 4 * grads["w"])
+    np.testing.assert_array_equal(np.asarray(every), np.full(4, 64.0))
+    assert float(chain) == pytest.approx(4e-30)
+    text = compiled.as_text()
+    assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
+    # BatchNorm's two sums (forward, backward), of which neither can join the other, and the
+    # gradients', which may join one of them.
+    assert 2 <= text.count(" all-reduce(") + text.count(" all-reduce-start(") <= 5
+
+
+@pytest.mark.slow
+def test_all_stages_of_a_tiny_network(tmp_path):
+    out = tmp_path / "r.json"
+    done = bench(out, "--batch-sizes", 4, "--devices", 2)
+    assert done.returncode == 0, done.stderr
+    record = read_record(out)
+    rows = {row.stage: row for row in record.rows if "beside" not in row.settings}
+    assert set(rows) == set(BenchConfig().stages)
+    assert all(row.seconds for row in record.rows), record.rows
+    assert rows["communication"].median > 0
+    assert rows["step"].flops == rows["forward"].flops + rows["backward"].flops
+    assert rows["step"].peak_bytes > 1e8
+    assert rows["compile"].settings["from_cache_s"] < rows["compile"].median
+    caches = [row.settings["cache"] for row in record.rows if row.stage == "pipeline"]
+    assert caches == ["none", "host", "device"]
+    assert len(record.verdict["of"]) == 4
+    assert record.machine["peaks"]["tflops"]["f32"] > 0
+
+
+@pytest.mark.slow
+def test_memory_that_xla_cannot_get_is_recorded(tmp_path):
+    """Views of 400,000 tiles are 10 GB, all that the limit allows."""
+    out = tmp_path / "r.json"
+    done = bench(
+        out, "--batch-sizes", 4, 400_000, "--stages", "augment", memory=10 * GB,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_record(out).rows
+    assert find(rows, "augment", batch=4).seconds
+    assert find(rows, "augment", batch=400_000).why == "out of memory"
