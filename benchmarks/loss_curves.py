@@ -48,7 +48,8 @@ def main() -> None:
         }
         Path(args.json).write_text(json.dumps(record) + "\n")
     print(
-        f"loss in the last quarter {found.size:.4f}; farthest in the first tenth {found.first:.2e}"
+        f"loss in the last quarter {found.size:.4f}; farthest from plain in the first steps: fast "
+        f"{found.first:.1e}, control {found.control_first:.1e}"
     )
     print(
         f"ratio {found.last / found.control_last:.2f} = fast {found.last:.2e} / control "
