@@ -48,8 +48,8 @@ def test_tiles_are_all_others():
 
 @pytest.mark.slow
 def test_the_fast_step_trains_as_the_plain_one(tmp_path):
-    """100 steps (benchmarks/loss_curves.py takes 200): the fast form stays as near to the plain one as the plain form does to itself
-    from weights that are rounded otherwise."""
+    """The fast form stays as near to the plain one as that does to itself from weights that are
+    rounded otherwise: 100 steps; benchmarks/loss_curves.py takes 200."""
     convolution = pytest.importorskip("jaxhisto.models.convolution")
     forms = {"plain": convolution.plain_convolutions, "fast": nullcontext}
     found = curves.loss_curves(CONFIG, 100, forms)
