@@ -21,7 +21,7 @@ from jaxhisto.bench.record import (
     find,
     read_record,
 )
-from jaxhisto.bench.verdict import KEYS, peaks_of, same
+from jaxhisto.bench.verdict import KEYS, peaks_of, same, verdicts
 from jaxhisto.console import counted
 from jaxhisto.errors import RunError
 from jaxhisto.runlog import write_atomically
@@ -156,7 +156,7 @@ def titled(record: Record, name: str) -> str:
 
 def says(record: Record) -> str:
     """The verdicts."""
-    found = record.verdict.get("of", ())
+    found = verdicts(record)["of"]  # of the rows, as they are worded now
     if not found:
         return ""
     lines = ["### Verdict", ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -57,7 +58,11 @@ def of_step(step: Row, record: Record) -> dict[str, Any]:
     bound = max(shares, key=lambda name: shares[name])
     others = ", ".join(f"{WHAT[n]} {share:.0%}" for n, share in shares.items() if n != bound)
     says = f"{bound}-bound: {WHAT[bound]} {shares[bound]:.0%} of the step ({others})"
-    if shares[bound] < MOST:
+    of_work = shares[bound]
+    if record.machine.get("platform") == "cpu" and (worked := core_seconds(step)):
+        of_work *= step.median / worked
+        says += f", {of_work:.0%} of the time that its cores worked"
+    if of_work < MOST:
         says += "; most of it is lost to kernels that stay below both"
     return verdict | {"bound": bound, "says": doubted(says, step)}
 
@@ -67,6 +72,15 @@ WHAT = {
     "memory": "traffic at its bandwidth",
     "communication": "collectives alone",
 }
+
+
+def core_seconds(row: Row) -> float:
+    """Seconds that each core of a CPU worked for a repeat; 0 where not known.
+
+    Less than the clock's where other programs had the cores too.
+    """
+    worked = statistics.median(row.cpu_seconds) if row.cpu_seconds else 0.0
+    return worked / row.settings.get("threads", 1)
 
 
 def shares_of(step: Row, record: Record) -> Iterator[tuple[str, float]]:

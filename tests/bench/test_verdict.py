@@ -61,6 +61,14 @@ def test_two_gpus_have_two_peaks_and_two_devices_of_a_cpu_one():
     assert of(verdicts(record(two, platform="cpu")))["shares"]["compute"] == pytest.approx(0.6)
 
 
+def test_on_a_busy_cpu_the_work_of_its_cores_is_told_too():
+    """One second by the clock, 0.6 products at the peak; two cores worked 1.5 s, 0.75 each."""
+    busy = replace(STEP, settings=AT | {"threads": 2}, cpu_seconds=(1.5,))
+    said = of(verdicts(record(busy, platform="cpu")))["says"]
+    assert "60% of the step" in said
+    assert "80% of the time that its cores worked" in said
+
+
 def test_a_slow_reader_turns_the_verdict():
     """Planted for real: a feed that sleeps, timed as the pipeline is."""
 
