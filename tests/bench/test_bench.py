@@ -88,8 +88,9 @@ def test_a_record_names_no_place(swept, images):
     assert str(Path.home()) not in str(record)
 
 
-def test_without_the_packages_of_reading_the_rest_is_measured(tmp_path):
-    """As on a machine with an accelerator and little else; in the children too."""
+@pytest.fixture
+def bare(tmp_path):
+    """PYTHONPATH of a machine with an accelerator and little else; children inherit it."""
     absent = ("grain", "tensorflow_datasets", "openslide", "tyro", "kornia", "lightly",
               "simplejpeg", "array_record", "torch")  # fmt: skip
     (tmp_path / "sitecustomize.py").write_text(
@@ -100,16 +101,31 @@ def test_without_the_packages_of_reading_the_rest_is_measured(tmp_path):
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
-    places = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+def test_without_the_packages_of_reading_the_rest_is_measured(bare, tmp_path):
     out = tmp_path / "r.json"
     args = ("--batch-sizes", 4, "--stages", "read", "to_device")
-    done = bench(out, *args, PYTHONPATH=places)
+    done = bench(out, *args, PYTHONPATH=bare)
     assert done.returncode == 0, done.stderr
     assert "no store can be made (not installed: pip install" in done.stdout
     rows = read_record(out).rows
-    assert find(rows, "to_device").conclusive is not None
     assert find(rows, "to_device").seconds
     assert "no store" in find(rows, "read").why
+
+
+@pytest.mark.slow
+def test_without_them_training_from_memory_is_measured(bare, tmp_path):
+    out = tmp_path / "r.json"
+    done = bench(out, "--batch-sizes", 4, "--stages", "pipeline", PYTHONPATH=bare)
+    assert done.returncode == 0, done.stderr
+    rows = read_record(out).rows
+    for cache in ("host", "device"):
+        row = find(rows, "pipeline", cache=cache)
+        assert row.seconds, row
+        assert row.settings["data"] == "synthetic"
+    assert "no store" in find(rows, "pipeline", cache="none").why
 
 
 def test_flags_that_are_none(jaxhisto, tmp_path):
