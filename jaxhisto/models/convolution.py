@@ -13,10 +13,12 @@ Everywhere else, on accelerators too, XLA's own convolution and its gradients ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +40,28 @@ TAPS_MAP = 3
 WINOGRAD_WIDTH = 32
 """Channels, in and out, from which Winograd's products are large enough to be fast."""
 
-_plain: ContextVar[bool] = ContextVar("plain convolutions", default=False)
+LITTLE_WORK = 100_000_000
+"""Products of a convolution on one device below which a fast form's longer compilation is not
+worth its speed; a step of 64 views of 96 px has above 600 million in each 3x3 convolution."""
+
+Forms = Literal["auto", "plain", "fast"]
+
+_forms: ContextVar[Forms] = ContextVar("forms of convolutions", default="auto")
 
 
 @contextmanager
-def plain_convolutions() -> Iterator[None]:
-    """XLA's own convolutions in what is traced inside: the fallback and oracle of the fast forms.
+def convolutions(forms: Forms) -> Iterator[None]:
+    """Chooses the forms of what is traced inside; what was traced before keeps its own.
 
-    What was traced before keeps its form: make (`jax.jit`) and call a function inside.
+    Args:
+      forms: `plain`, XLA's own in all places, fallback and oracle of the others; `fast`, the others
+        for little work and on any platform too; `auto`, where they are faster.
     """
-    token = _plain.set(True)
+    token = _forms.set(forms)
     try:
         yield
     finally:
-        _plain.reset(token)
+        _forms.reset(token)
 
 
 def convolve(
@@ -75,13 +85,21 @@ def convolve(
     Returns:
       (N, ceil(H/stride), ceil(W/stride), D), sharded as `x`.
     """
-    if not (fast and _has_fast_form(x)):
+    if not (fast and _may_be_fast(x)):
         return plain(x, kernel, stride, precision)
-    rows = P(jax.typeof(x).sharding.spec[0])
-    here = partial(_of_these_rows, stride)
-    if rows == P(None):
-        return here(x, kernel)
-    return jax.shard_map(here, in_specs=(rows, P()), out_specs=rows)(x, kernel)
+    sharding = jax.typeof(x).sharding
+    axis = sharding.spec[0]
+    if axis is None:
+        return _convolution(stride, x, _own(kernel, x))
+    if sharding.mesh.size == 1:  # nothing is split, and no sum over devices has to be taken
+        y = _convolution(stride, jax.reshard(x, P(None, None, None, None)), kernel)
+        return jax.reshard(y, P(axis, None, None, None))
+
+    def of_these_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _convolution(stride, x, _own(kernel, x))
+
+    rows = P(axis)
+    return jax.shard_map(of_these_rows, in_specs=(rows, P()), out_specs=rows)(x, kernel)
 
 
 def plain(
@@ -103,16 +121,26 @@ def plain(
     )
 
 
-def _has_fast_form(x: jax.Array) -> bool:
+def _may_be_fast(x: jax.Array) -> bool:
+    forms = _forms.get()
+    if forms == "plain" or x.dtype != jnp.float32:
+        return False
     # The platform is asked once, while tracing: all forms are right on all platforms, so that one
     # that is compiled for another than the default device is slower at worst.
-    return not _plain.get() and x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+    return forms == "fast" or jax.default_backend() == "cpu"
 
 
-def _of_these_rows(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # The slope in the kernel is of these rows alone. Adding what varies with them makes the kernel
-    # vary between devices, so that its slope is summed over them.
-    return _convolution(stride, x, kernel + nothing(x))
+def _own(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """The kernel as each device's own copy where the rows are, so that its slope is summed.
+
+    Without this the gradient's rule, which sees the rows of one device, would have to know
+    whether to sum.
+    """
+    spread, held = (getattr(jax.typeof(a), "vma", None) for a in (x, kernel))
+    if spread is None or held is None:
+        return kernel + nothing(x)
+    missing = tuple(spread - held)
+    return jax.lax.pcast(kernel, missing, to="varying") if missing else kernel
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -138,9 +166,12 @@ def _backward(stride: int, kept: Pair, slope: jax.Array) -> Pair:
         return of_image, products.kernel_gradient_by_taps(x, slope, side)
     if form == "winograd":
         return winograd.image_gradient(kernel, slope), winograd.kernel_gradient(x, slope)
-    # Linear in the image; where nobody asks for its slope (the stem), it is not computed.
-    pull = jax.linear_transpose(lambda x: plain(x, kernel, stride, jax.lax.Precision.HIGHEST), x)
-    (of_image,) = pull(slope)
+    own = partial(plain, stride=stride, precision=jax.lax.Precision.HIGHEST)
+    # Where nobody asks for the slope in the image (the stem), XLA leaves it out.
+    _, pull = jax.vjp(own, x, kernel)
+    of_image, of_kernel = pull(slope)
+    if side > 1 and _has_little_work(x, kernel, stride):
+        return of_image, of_kernel
     return of_image, products.kernel_gradient(x, slope, side, stride)
 
 
@@ -148,9 +179,14 @@ _convolution.defvjp(_forward, _backward)
 
 
 def _form(x: jax.Array, kernel: jax.Array, stride: int) -> str:
-    """`taps`, `winograd` or `plain`."""
-    if kernel.shape[0] != 3 or stride != 1:
+    """Of the result and the slope in the image: `taps`, `winograd` or `plain`."""
+    if kernel.shape[0] != 3 or stride != 1 or _has_little_work(x, kernel, stride):
         return "plain"
     if max(x.shape[1:3]) <= TAPS_MAP:
         return "taps"
     return "winograd" if min(kernel.shape[2:]) >= WINOGRAD_WIDTH else "plain"
+
+
+def _has_little_work(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
+    work = math.prod(x.shape[:3]) / stride**2 * kernel.size
+    return work < LITTLE_WORK and _forms.get() != "fast"

