@@ -131,8 +131,15 @@ def agreement(
     def first(curve: np.ndarray) -> float:
         return float(np.abs(curve[:FIRST] - base[:FIRST]).max())
 
-    pairs = [measure(curve) for measure in (first, rms, shift) for curve in (other, control)]
-    return Agreement(*pairs, size=float(base[late].mean()))
+    return Agreement(
+        first=first(other),
+        control_first=first(control),
+        last=rms(other),
+        control_last=rms(control),
+        mean=shift(other),
+        control_mean=shift(control),
+        size=float(base[late].mean()),
+    )
 
 
 def draw(curves: Mapping[str, np.ndarray], path: Path) -> Path:

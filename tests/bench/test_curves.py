@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 
 from jaxhisto.bench import curves
 from jaxhisto.config import ModelConfig, PretrainConfig
+from jaxhisto.models.convolution import convolutions
 
 CONFIG = PretrainConfig(
     out="", batch_size=16, tile_px=32, precision="f32", model=ModelConfig(name="resnet10")
@@ -50,8 +51,7 @@ def test_tiles_are_all_others():
 def test_the_fast_step_trains_as_the_plain_one(tmp_path):
     """The fast form stays as near to the plain one as that does to itself from weights that are
     rounded otherwise: 100 steps; benchmarks/loss_curves.py takes 200."""
-    convolution = pytest.importorskip("jaxhisto.models.convolution")
-    forms = {"plain": convolution.plain_convolutions, "fast": nullcontext}
+    forms = {form: partial(convolutions, form) for form in ("plain", "fast")}
     found = curves.loss_curves(CONFIG, 100, forms)
     near = curves.agreement(found["plain"], found["fast"], found[curves.CONTROL])
     assert near.first < 1e-4
