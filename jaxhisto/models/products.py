@@ -77,7 +77,7 @@ def _overlap(i: int, side: int, size: int) -> tuple[slice, slice]:
 def convolve_by_patches(
     x: jax.Array, kernel: jax.Array, stride: int, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
-    """As one product over (side, side, C); its gradients are JAX's."""
+    """(N, H, W, C) * (side, side, C, D) as one product of patches; its gradients are JAX's."""
     side, _, C, D = kernel.shape
     sides = ((x.shape[1] - 1) // stride + 1, (x.shape[2] - 1) // stride + 1)
     flat = kernel.reshape(side * side * C, D)
