@@ -20,6 +20,7 @@ from jaxhisto.config import PretrainConfig
 ROUNDING = 2.0**-24
 """Half the distance from 1 to the next float32."""
 SEED, TILES, SPOT = 0, 512, 4
+FIRST = 5
 CONTROL = "plain, weights rounded otherwise"
 
 Form = Callable[[], AbstractContextManager[Any]]
@@ -30,13 +31,14 @@ class Agreement:
     """How far a curve is from the plain one, beside the control.
 
     Attributes:
-      first: largest difference in the first tenth of the steps, where rounding has not grown yet.
+      first, control_first: largest difference in the first FIRST steps: rounding has not grown yet.
       last, control_last: root mean square difference in the last quarter.
       mean, control_mean: difference of the means of the last quarter: above or below altogether.
       size: of the loss, the plain curve's mean in the last quarter.
     """
 
     first: float
+    control_first: float
     last: float
     control_last: float
     mean: float
@@ -118,7 +120,7 @@ def agreement(
 ) -> Agreement:
     """How far `other` is from `plain`, beside how far the control is."""
     base = np.asarray(plain)
-    early, late = slice(0, max(1, len(base) // 10)), slice(-max(1, len(base) // 4), None)
+    late = slice(-max(1, len(base) // 4), None)
 
     def rms(curve: np.ndarray) -> float:
         return float(np.sqrt(np.mean((curve[late] - base[late]) ** 2)))
@@ -126,9 +128,18 @@ def agreement(
     def shift(curve: np.ndarray) -> float:
         return float(curve[late].mean() - base[late].mean())
 
-    first = float(np.abs(other[early] - base[early]).max())
-    size = float(base[late].mean())
-    return Agreement(first, rms(other), rms(control), shift(other), shift(control), size)
+    def first(curve: np.ndarray) -> float:
+        return float(np.abs(curve[:FIRST] - base[:FIRST]).max())
+
+    return Agreement(
+        first=first(other),
+        control_first=first(control),
+        last=rms(other),
+        control_last=rms(control),
+        mean=shift(other),
+        control_mean=shift(control),
+        size=float(base[late].mean()),
+    )
 
 
 def draw(curves: Mapping[str, np.ndarray], path: Path) -> Path:

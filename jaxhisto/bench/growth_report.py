@@ -120,7 +120,7 @@ def panel(axes: Any, growth: Mapping[str, Any], axis: str, quantity: str) -> Non
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
     # Between powers of ten only where there would be no figure otherwise.
-    axes.yaxis.set_minor_formatter("{x:g}" if high / low < 10 else NullFormatter())
+    axes.yaxis.set_minor_formatter("{x:g}" if high / low < 30 else NullFormatter())
     axes.tick_params(axis="y", which="both", labelsize=8)
     every = max(1, len(ticks) // 5)
     shown_ticks = sorted(ticks)[::every]

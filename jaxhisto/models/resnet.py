@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxhisto.models.batchnorm import STATISTICS, BatchNorm
+from jaxhisto.models.convolution import convolve
 from jaxhisto.models.pooling import max_pool
 
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
@@ -75,40 +76,15 @@ class Conv(nnx.Conv):
             rngs=nnx.Rngs(0),
         )
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """(N, H, W, C) to (N, H/stride, W/stride, width)."""
-        padding = self.kernel.shape[0] // 2
-        sides = [(size - 1) // self.stride + 1 for size in inputs.shape[1:3]]
-        if padding and max(sides) <= SMALL_MAP:
-            x, kernel = inputs.astype(self.dtype), self.kernel[...].astype(self.dtype)
-            return _by_patches(x, kernel, self.stride, padding, self.precision)
-        return super().__call__(inputs, out_sharding)
+    def __call__(
+        self, inputs: jax.Array, out_sharding: Any = None, *, train: bool = False
+    ) -> jax.Array:
+        """(N, H, W, C) to (N, H/stride, W/stride, width).
 
-
-SMALL_MAP = 2
-"""Side of a map up to which a convolution is a matrix product of patches. XLA's CPU compiler
-has a naive loop there, 2 GFLOP/s where the product makes 100; accelerators see no such maps,
-the last of a 96-px tile is 3 x 3."""
-
-
-def _by_patches(
-    x: jax.Array,
-    kernel: jax.Array,
-    stride: int,
-    padding: int,
-    precision: jax.lax.PrecisionLike,
-) -> jax.Array:
-    """The convolution (N, H, W, C) * (k, k, C, D) as one product over (k, k, C)."""
-    side = kernel.shape[0]
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    spans = [(size + 2 * padding - side) // stride * stride + 1 for size in x.shape[1:3]]
-    patches = [
-        padded[:, i : i + spans[0] : stride, j : j + spans[1] : stride]
-        for i in range(side)
-        for j in range(side)
-    ]
-    flat = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.einsum("nhwc,cd->nhwd", jnp.concatenate(patches, -1), flat, precision=precision)
+        Out of training it is XLA's own: what is exported is compared with it to the last digits.
+        """
+        x, kernel = inputs.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return convolve(x, kernel, self.stride, self.precision, fast=train)
 
 
 class Shortcut(Numbered):
@@ -120,7 +96,7 @@ class Shortcut(Numbered):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         conv, norm = self.in_order()
-        return norm(conv(x), train=train)
+        return norm(conv(x, train=train), train=train)
 
 
 class BasicBlock(nnx.Module):
@@ -137,8 +113,8 @@ class BasicBlock(nnx.Module):
         self.downsample = Shortcut(width_in, width, stride, dtype, group) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = self.bn2(self.conv2(y), train=train)
+        y = nnx.relu(self.bn1(self.conv1(x, train=train), train=train))
+        y = self.bn2(self.conv2(y, train=train), train=train)
         return nnx.relu(y + (self.downsample(x, train=train) if self.downsample else x))
 
 
@@ -158,9 +134,9 @@ class Bottleneck(nnx.Module):
         self.downsample = Shortcut(width_in, width * 4, stride, dtype, group) if changes else None
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = nnx.relu(self.bn2(self.conv2(y), train=train))
-        y = self.bn3(self.conv3(y), train=train)
+        y = nnx.relu(self.bn1(self.conv1(x, train=train), train=train))
+        y = nnx.relu(self.bn2(self.conv2(y, train=train), train=train))
+        y = self.bn3(self.conv3(y, train=train), train=train)
         return nnx.relu(y + (self.downsample(x, train=train) if self.downsample else x))
 
 
@@ -228,7 +204,7 @@ class ResNet(nnx.Module):
 
     def maps(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
         """The maps at 1/2 (stem after its ReLU), 1/4, 1/8, 1/16 and 1/32 (the four stages)."""
-        x = nnx.relu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
+        x = nnx.relu(self.bn1(self.conv1(x.astype(self.dtype), train=train), train=train))
         maps = [x]
         x = max_pool(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -55,7 +55,7 @@ class ConvReLU(Numbered):
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         conv, norm = self.in_order()
-        return nnx.relu(norm(conv(x), train=train))
+        return nnx.relu(norm(conv(x, train=train), train=train))
 
 
 class DecoderBlock(nnx.Module):
