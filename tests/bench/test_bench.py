@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +27,11 @@ TINY = ("--models", "resnet10", "--tile-px", "32", "--repeats", "3", "--peers")
 
 def bench(out, *args, memory=0, **env):
     """Runs the bench as a process, with at most so many bytes of address space."""
-
-    def limit():
-        if memory:
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
     command = [sys.executable, "-m", "jaxhisto.bench", *TINY, "--out", str(out), *map(str, args)]
+    if memory:  # by a shell: to set it after a fork would fork JAX's threads
+        command = ["sh", "-c", f'ulimit -v {memory // 1024}; exec "$@"', "sh", *command]
     return subprocess.run(
-        command, env=os.environ | env, preexec_fn=limit, capture_output=True, text=True, check=False
+        command, env=os.environ | env, capture_output=True, text=True, check=False
     )
 
 
