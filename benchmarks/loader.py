@@ -40,7 +40,8 @@ from typing import Any
 from jaxhisto.bench.machine import processor
 from jaxhisto.bench.made import made_store
 
-USUAL = ("files+torchvision", "files+pillow", "store+torchvision", "store+tfds")
+OF_STORE = ("store+torchvision", "store+tfds")
+OF_FILES = ("files+torchvision", "files+pillow")
 BY_HAND = ("files+simplejpeg",)  # a decoder that a user has to bring
 SPREAD = 0.25  # (fastest - slowest) / median, above which the clock concludes nothing
 
@@ -95,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cores", type=int, nargs="+", default=[], help="how many to use, by turns"
     )
-    peers = (*USUAL, *BY_HAND)
+    peers = (*OF_FILES, *OF_STORE, *BY_HAND)
     parser.add_argument("--peers", nargs="+", default=peers, choices=peers)
     parser.add_argument("--step", type=float, default=0.0, help="images/s of a training step")
     parser.add_argument("--json", help="write the record there")
@@ -186,11 +187,11 @@ def best_of(rows: dict[str, Any], names: tuple[str, ...], what: str) -> str:
 
 
 def ratio_line(record: dict[str, Any]) -> str:
-    """The last line: for each number of cores, against the best usual peer and the best of all."""
+    """The last line, a number of cores after the other: best on the store, on files, of all."""
     said = []
     for cores, rows in record["cores"].items():
         ours = rows["jaxhisto"]
-        for names in (USUAL, BY_HAND):
+        for names in (OF_STORE, OF_FILES, BY_HAND):
             if not any(row.partition("/")[0] in names for row in rows):
                 continue
             for what, unit in (("images_per_s", "images/s"), ("images_per_cpu_s", "images/CPU s")):
