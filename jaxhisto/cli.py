@@ -108,6 +108,10 @@ def pretrain(argv: Sequence[str]) -> int:
         from jaxhisto.xla_flags import make_deterministic
 
         make_deterministic(config.out)
+    else:  # of a program that was kept, autotuning would find nothing to write down
+        from jaxhisto.compile_cache import keep_compiled
+
+        keep_compiled()
     launch = several(config.distributed)
     if launch is not None:
         from jaxhisto.supervise import supervise
