@@ -8,6 +8,7 @@ A module built here gives structure; its weights come from `initial.py` or from 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxhisto.models.batchnorm import STATISTICS, BatchNorm
-from jaxhisto.models.convolution import convolve
+from jaxhisto.models.convolution import convolutions, convolve
 from jaxhisto.models.pooling import max_pool
 
 BLOCKS: dict[str, tuple[int, int, int, int]] = {
@@ -180,7 +181,8 @@ class ResNet(nnx.Module):
       name: a key of BLOCKS.
       dtype: of the convolutions; parameters and BatchNorm stay float32.
       group: rows that BatchNorm normalises together; 0: all.
-      remat: in training, keep the input of each block alone and compute the rest again.
+      remat: in training, keep the input of each block alone and compute the rest again, with
+        XLA's own convolutions: the temporaries of the CPU's fast forms take what this saves.
     """
 
     def __init__(
@@ -188,6 +190,7 @@ class ResNet(nnx.Module):
     ):
         block = Bottleneck if name in BOTTLENECK else BasicBlock
         self.dtype = dtype
+        self.remat = remat
         self.conv1 = Conv(3, 64, 7, 2, dtype)
         self.bn1 = BatchNorm(64, group)
         counts = BLOCKS[name]
@@ -204,6 +207,10 @@ class ResNet(nnx.Module):
 
     def maps(self, x: jax.Array, *, train: bool = False) -> list[jax.Array]:
         """The maps at 1/2 (stem after its ReLU), 1/4, 1/8, 1/16 and 1/32 (the four stages)."""
+        with convolutions("plain") if train and self.remat else nullcontext():
+            return self._maps(x, train)
+
+    def _maps(self, x: jax.Array, train: bool) -> list[jax.Array]:
         x = nnx.relu(self.bn1(self.conv1(x.astype(self.dtype), train=train), train=train))
         maps = [x]
         x = max_pool(x)
