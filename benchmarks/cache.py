@@ -40,6 +40,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
 
+    from jaxhisto.data.images import jpeg_decoder
     from jaxhisto.distributed import make_mesh
     from jaxhisto.runlog import environment
 
@@ -56,7 +57,8 @@ def main() -> None:
     if args.json:
         devices = [f"{d.platform} {d.device_kind}" for d in mesh.devices.flat]
         record = {"what": vars(args), "images_per_s": speed, "turns": found, "gather": gather}
-        record |= {"tiles_decoded_per_s": filling} | environment(devices)
+        record |= {"tiles_decoded_per_s": filling, "decoder": jpeg_decoder()}
+        record |= environment(devices)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     print(
         f"ratio {speed['device'] / speed['synthetic']:.3f} = device cache {speed['device']:.1f} / "
@@ -255,6 +257,8 @@ def show(
     gather: dict[str, Any],
     filling: dict[str, float],
 ) -> None:
+    from jaxhisto.data.images import jpeg_decoder
+
     print(
         f"{'input':<12}{'images/s':>10}{'ms a step':>12}{'fastest':>10}{'slowest':>10}{'wait':>9}"
     )
@@ -274,7 +278,8 @@ def show(
         f"{gather['batch_bytes'] / 1e6:.1f} MB, each device sends "
         f"{gather['sent_bytes_by_each_device'] / 1e6:.1f} MB"
     )
-    print("decoded", ", ".join(f"{speed:.0f} tiles/s for {n}" for n, speed in filling.items()))
+    by = jpeg_decoder()
+    print(f"decoded by {by}", ", ".join(f"{v:.0f} tiles/s for {n}" for n, v in filling.items()))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ sees: a JPEG holds no checksum, so bytes changed in its middle come back as othe
 from __future__ import annotations
 
 import io
+from functools import cache
+from typing import Any
 
 import cv2
 import numpy as np
@@ -68,7 +70,8 @@ def decode_image(data: bytes, checksums: bool = False) -> NDArray[np.uint8]:
 def decode_jpeg(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """The pixels of a stored tile, (h, w, 3) uint8 RGB; by simplejpeg, the quickest decoder here.
 
-    What simplejpeg finds anything odd in, OpenCV decides on; of all else both make the same pixels.
+    What simplejpeg finds anything odd in, OpenCV decides on, and on all where simplejpeg is not
+    installed; of all else both make the same pixels.
 
     Args:
       out: (h, w, 3) uint8, contiguous; filled and returned where the tile is of this size. Where
@@ -79,18 +82,42 @@ def decode_jpeg(data: bytes, out: NDArray[np.uint8] | None = None) -> NDArray[np
     """
     if not data.startswith(JPEG_START) or not jpeg_is_whole(data):
         raise ImageError("is not a whole JPEG", "cut the slides again")
-    import simplejpeg  # here, so that machines that only train from memory need not have it
-
-    try:
-        # Its defaults are the exact DCT and the smooth upsampling, which OpenCV uses too.
-        tile: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
-    except ValueError:  # damaged, of a kind that it does not convert, or larger than `out`
+    tile = _by_simplejpeg(data, out)
+    if tile is None:
         tile = _by_opencv(data)
         if out is not None and tile.shape == out.shape:
             out[:] = tile
     if out is None:
         return tile
     return out if tile.shape == out.shape else tile.copy()  # it may be a view of `out`
+
+
+def jpeg_decoder() -> str:
+    """What decodes stored tiles on this machine: `simplejpeg`, or `opencv`, which is slower."""
+    return "opencv" if _simplejpeg() is None else "simplejpeg"
+
+
+@cache
+def _simplejpeg() -> Any | None:
+    """The module, or None where it is not installed: a machine with an accelerator may lack it."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return simplejpeg
+
+
+def _by_simplejpeg(data: bytes, out: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+    """None of what is damaged, of a kind that it does not convert, or larger than `out`."""
+    simplejpeg = _simplejpeg()
+    if simplejpeg is None:
+        return None
+    try:
+        # Its defaults are the exact DCT and the smooth upsampling, which OpenCV uses too.
+        tile: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", buffer=out)
+    except ValueError:
+        return None
+    return tile
 
 
 def _by_opencv(data: bytes) -> NDArray[np.uint8]:

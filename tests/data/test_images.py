@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import tifffile
 from made_images import blobs, encoded, noise
 from PIL import Image
 
+from jaxhisto.data import images
 from jaxhisto.data.images import ImageError, decode_image, decode_jpeg, jpeg_is_whole
 from jaxhisto.data.store_writer import encode_jpeg
 
@@ -227,6 +229,20 @@ def test_a_damaged_stored_tile_is_what_opencv_makes_of_it() -> None:
         assert np.array_equal(decode_jpeg(flipped, out), expected)
         odd += not np.array_equal(expected, by_opencv(data))
     assert odd > 20
+
+
+def test_without_simplejpeg_opencv_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # what an import then raises: ImportError
+    images._simplejpeg.cache_clear()
+    try:
+        assert images.jpeg_decoder() == "opencv"
+        data, out = encode_jpeg(grainy(40, 40), 95, "4:4:4"), np.zeros((40, 40, 3), np.uint8)
+        assert decode_jpeg(data, out) is out
+        assert np.array_equal(out, by_opencv(data))
+    finally:
+        images._simplejpeg.cache_clear()
+    monkeypatch.undo()
+    assert images.jpeg_decoder() == "simplejpeg"
 
 
 @pytest.mark.parametrize("larger", [0, 8, -8])
