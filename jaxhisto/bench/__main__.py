@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,9 +21,12 @@ from jaxhisto.settings import check
 def main(argv: Sequence[str] | None = None) -> int:
     """As `jaxhisto bench`: 0, 1 (failure, one sentence on stderr), 2 (usage)."""
     args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
     try:
-        return bench(parsed(args))
+        return bench(parsed([arg for arg in args if arg != "--debug"]))
     except JaxhistoError as error:
+        if debug:
+            traceback.print_exc()
         print(f"jaxhisto bench: {error}", file=sys.stderr)
         return error.exit_code
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxhisto import errors
 from jaxhisto.bench import memory
 from jaxhisto.errors import JaxhistoError, RunError
+
+RAISED = re.compile(r"^\w[\w.]*(?:Error|Exception)\b")
+TRACEBACK = "Traceback (most recent call last)"
 
 
 class OutOfMemory(Exception):
@@ -24,13 +29,14 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
     """The lines that a child answers to a job, as they come.
 
     Args:
-      job: as `point.main` reads it.
+      job: as `point.main` reads it. `log` in it is the file that the child's stderr is added to
+        where it failed, or told of an error and went on; without one, stderr is lost.
       env: variables that the child has beside this process's.
 
     Raises:
       JaxhistoError: of the class and with the sentence that the child raised.
       OutOfMemory: it was ended by the system, or by an allocator that gave up.
-      RunError: it ended otherwise; the last line that it wrote is in the sentence.
+      RunError: it ended otherwise; the error that it wrote last, and the log, are in the sentence.
     """
     command = [sys.executable, "-m", "jaxhisto.bench.point"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
@@ -54,8 +60,10 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
             # Also where the caller is interrupted or stops asking: the child must not go on.
             process.kill()
             process.wait()
-        said.seek(0)
-        end(process.returncode, said.read())
+            said.seek(0)
+            text = said.read()
+            log = keep(job.get("log", ""), text, process.returncode)
+        end(process.returncode, text, log)
 
 
 def raised(answer: Mapping[str, str]) -> JaxhistoError:
@@ -65,7 +73,16 @@ def raised(answer: Mapping[str, str]) -> JaxhistoError:
     return error
 
 
-def end(code: int, said: str) -> None:
+def keep(log: str, said: str, code: int) -> str:
+    """Adds what a child said to the log if there was an error; the log, or "" if it was not."""
+    if not log or not said.strip() or (code == 0 and TRACEBACK not in said):
+        return ""
+    with Path(log).open("a", encoding="utf-8") as file:
+        file.write(f"{said.rstrip()}\n(the process ended with code {code})\n\n")
+    return log
+
+
+def end(code: int, said: str, log: str = "") -> None:
     """Returns where a child ended well.
 
     Raises:
@@ -73,12 +90,16 @@ def end(code: int, said: str) -> None:
     """
     if code == 0:
         return
+    # XLA warns of memory that it would have liked to have; a child that ends by itself and for
+    # want of memory says so by its code, so the text is asked only where a signal ended it.
     lines = [line.strip() for line in said.splitlines() if line.strip()]
+    mortal = "\n".join(line for line in lines if "not a failure" not in line)
     killed = code == -getattr(signal, "SIGKILL", 9)  # what the system's OOM killer sends
-    if killed or code == memory.EXIT or memory.is_out_of_memory(RuntimeError(said)):
+    if killed or code == memory.EXIT:
         raise OutOfMemory
-    last = lines[-1] if lines else "it wrote nothing"
-    raise RunError(
-        f"the process that measures ended with code {code} ({last[:200]}); "
-        "run the same line with --debug and fewer --stages to see which one it was."
-    )
+    if code < 0 and memory.is_out_of_memory(RuntimeError(mortal)):
+        raise OutOfMemory
+    errors_said = [line for line in said.splitlines() if RAISED.match(line)]
+    last = (errors_said or lines or ["it wrote nothing"])[-1]
+    where = f"all that it said is in {log}" if log else "run fewer --stages to see which it was"
+    raise RunError(f"the process that measures ended with code {code} ({last[:200]}); {where}.")

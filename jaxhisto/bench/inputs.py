@@ -12,7 +12,7 @@ import jax
 
 from jaxhisto.bench.ours import Setup, cores
 from jaxhisto.bench.record import OURS, Row
-from jaxhisto.bench.runner import Runner, attempt
+from jaxhisto.bench.runner import CannotRun, Runner, attempt
 from jaxhisto.config import DataConfig
 from jaxhisto.errors import ConfigError, RunError, StoreError
 
@@ -40,7 +40,12 @@ class Input:
 
     def settings(self) -> dict[str, Any]:
         """What a row says of it: no path, which is another on each machine."""
-        return {"data": self.kind, "tiles": len(self.tiles), "canvas": list(self.tiles.canvas)}
+        found = {"data": self.kind, "tiles": len(self.tiles), "canvas": list(self.tiles.canvas)}
+        if any((Path(store) / "manifest.json").is_file() for store in self.stores):
+            from jaxhisto.data.images import jpeg_decoder
+
+            found["decoder"] = jpeg_decoder()
+        return found
 
 
 def open_input(stores: Sequence[str], made: str, side: int, count: int) -> Input:
@@ -160,13 +165,17 @@ def refused_or(
     make: Callable[[], Runner], stage: str, settings: dict[str, Any], source: Input
 ) -> Runner | Row:
     """A runner, or the row that says why tiles cannot be read at this setting."""
-    try:
-        return attempt(make, stage, OURS, settings)
-    except (StoreError, RunError, ConfigError) as error:
-        why = str(error)
-        for store in source.stores:  # a record is read elsewhere, where the path says nothing
-            why = why.replace(store, Path(store).name)
-        return Row(stage, OURS, settings, why=why)
+
+    def made() -> Runner:
+        try:
+            return make()
+        except (StoreError, RunError, ConfigError) as error:
+            why = str(error)
+            for store in source.stores:  # a record is read elsewhere, where the path says nothing
+                why = why.replace(store, Path(store).name)
+            raise CannotRun(why) from error
+
+    return attempt(made, stage, OURS, settings)
 
 
 def drained(

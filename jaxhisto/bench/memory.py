@@ -6,19 +6,35 @@ import sys
 from pathlib import Path
 
 OUT = "out of memory"
+NO_ALGORITHM = "no convolution algorithm (often: memory)"
 EXIT = 71  # of a process that ran out of it where nothing could be recorded
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PEAK_RSS = "5"  # what CLEAR takes to set the peak back (Linux, Documentation/filesystems/proc.rst)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out: Python's, NumPy's, XLA's or PyTorch's."""
+def why(error: BaseException) -> str:
+    """OUT where an error says that memory is out: Python's, NumPy's, XLA's, CUDA's or PyTorch's;
+    NO_ALGORITHM where XLA tried cuDNN's convolutions and none ran; else empty."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
+        return OUT
     text = str(error).lower()
-    signs = ("resource_exhausted", "out of memory", "bad_alloc", "can't allocate memory",
-             "failed to allocate", "cannot allocate")  # fmt: skip
-    return any(sign in text for sign in signs)
+    if any(sign in text for sign in SIGNS):
+        return OUT
+    return NO_ALGORITHM if "failed to determine best cudnn convolution algorithm" in text else ""
+
+
+SIGNS = (
+    "resource_exhausted", "out of memory", "bad_alloc", "can't allocate memory",
+    "failed to allocate", "cannot allocate", "device_allocation_failed",
+    "cuda_error_out_of_memory", "cudnn_status_alloc_failed", "cublas_status_alloc_failed",
+    # cuBLAS asks for its workspace when it starts, and says no more than that it did not.
+    "cublas_status_not_initialized", "failed to create cublas handle",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, or often means, that memory is out; `why` tells them apart."""
+    return bool(why(error))
 
 
 def forget_peak() -> None:

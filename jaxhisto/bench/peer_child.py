@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from jaxhisto.bench.peer_job import OUT_OF_MEMORY, PeerJob, Prepared
+from jaxhisto.bench.peer_job import PeerJob, Prepared
 
 HALF = ("forward", "backward", "optimizer", "step")
 
@@ -71,10 +71,10 @@ def failure(error: Exception) -> dict[str, Any]:
     """Why there is no figure, in one line."""
     if isinstance(error, ModuleNotFoundError):
         return {"missing": (error.name or str(error)).split(".")[0]}
-    from jaxhisto.bench.memory import is_out_of_memory
+    from jaxhisto.bench import memory
 
-    if is_out_of_memory(error):
-        return {"why": OUT_OF_MEMORY}
+    if out := memory.why(error):
+        return {"why": out}
     lines = str(error).strip().splitlines() or [""]
     return {"why": f"{type(error).__name__}: {lines[0][:300]}"}
 

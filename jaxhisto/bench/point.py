@@ -191,10 +191,15 @@ def peers_of(
 
     more: dict[str, Any] = {"platform": jax.default_backend()}
     if stage in ("read", "pipeline"):
-        images = settings["batch"] * job["steps"]
-        more |= {"cache": "none", "images": images, **source.files()}
-    for who in wanted:
-        yield peers.prepare_peer(stage, {**settings, **more}, who, job.get("peer_envs"))
+        more |= {"cache": "none", "images": settings["batch"] * job["steps"]}
+
+    def prepared(who: str) -> Runner:
+        files = source.files() if stage in ("read", "pipeline") else {}
+        of = {**settings, **more, **files}
+        return peers.prepare_peer(stage, of, who, job.get("peer_envs"))  # type: ignore[return-value]
+
+    for who in wanted:  # what stops a peer stops no figure of ours
+        yield attempt(partial(prepared, who), stage, who, {**settings, **more})
 
 
 if __name__ == "__main__":

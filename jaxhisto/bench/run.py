@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,11 @@ from jaxhisto.bench.record import (
     row_from_json,
     write_record,
 )
-from jaxhisto.bench.runner import Runner, measure, missing
+from jaxhisto.bench.runner import FAILED, PLACES, CannotRun, Runner, measure, missing, told
 from jaxhisto.bench.verdict import verdicts
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.console import counted, say
-from jaxhisto.errors import ConfigError, RunError, StoreError
+from jaxhisto.errors import ConfigError, JaxhistoError, RunError, StoreError
 
 CPU_BATCHES, ACCELERATOR_BATCHES = (32,), (256, 512, 1024)
 HELP = "import sys; from jaxhisto.cli import main; sys.exit(main(['--help']))"
@@ -45,12 +46,14 @@ def run_bench(config: BenchConfig) -> Path:
 
     Raises:
       ConfigError: stages or models of which there are none.
-      StoreError: a store that is missing or damaged.
-      RunError: a process that measures ended, and not for want of memory.
+      StoreError: a store that is missing.
+      RunError: the machine could not be looked at; or, when all the rest is measured and written,
+        some rows of ours failed.
     """
     check(config)
     limit_cores(config.threads)
     path = Path(config.out or "bench.json")
+    Path(log_of(config)).unlink(missing_ok=True)
     machine = machine_of(config)
     say(heading(machine))
     config = completed(config, machine)
@@ -63,7 +66,19 @@ def run_bench(config: BenchConfig) -> Path:
             write_record(path, record)
     for verdict in record.verdict.get("of", ()):
         say(f"{described(verdict['settings'])}: {verdict['says']}")
+    failed = [row for row in record.rows if row.who == OURS and row.why.startswith(FAILED)]
+    if failed:
+        names = ", ".join(dict.fromkeys(row.stage for row in failed))
+        raise RunError(
+            f"{path}: is written, but {counted(len(failed), 'row')} failed ({names}); "
+            f"{log_of(config)} shows where."
+        )
     return path
+
+
+def log_of(config: BenchConfig) -> str:
+    """Where the tracebacks of processes that measure go: beside the record."""
+    return f"{config.out or 'bench.json'}.log"
 
 
 def check(config: BenchConfig) -> None:
@@ -92,7 +107,7 @@ def machine_of(config: BenchConfig) -> dict[str, Any]:
     needed = {"forward", "backward", "step", "augment", "optimizer"} & set(config.stages)
     say("looking at the machine" + (" and measuring its peaks" if needed else ""))
     machine: dict[str, Any] = {}
-    for answer in ask({"what": "machine", "peaks": bool(needed)}):
+    for answer in ask({"what": "machine", "peaks": bool(needed), "log": log_of(config)}):
         machine |= answer.get("machine", {})
     return machine
 
@@ -214,6 +229,7 @@ def job_of(
         "repeats": config.repeats,
         "peers": list(config.peers),
         "peer_envs": peer_envs(config.peer_env),
+        "log": log_of(config),
     }
 
 
@@ -223,7 +239,7 @@ def point(
     job: Mapping[str, Any],
     env: Mapping[str, str] | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of a child, one by one; what a child that ran out of memory owes, in one."""
+    """The rows of a child, one by one; what a child that ended too early owes, in one."""
     if not job["stages"]:
         return
     done: list[str] = []
@@ -237,10 +253,14 @@ def point(
                 done.append(row.stage)
                 say(f"{name}: {line_of(row)}")
                 yield [row]
+        return
     except OutOfMemory:
-        say(f"{name}: {memory.OUT}; going on with the next")
-        owed = [stage for stage in job["stages"] if stage not in done]
-        yield [Row(stage, OURS, job["point"], why=memory.OUT) for stage in owed]
+        why = memory.OUT
+    except JaxhistoError as error:
+        why = FAILED + told(error)
+    say(f"{name}: {why}; going on with the next")
+    owed = [stage for stage in job["stages"] if stage not in done]
+    yield [Row(stage, OURS, job["point"], why=why) for stage in owed]
 
 
 def compilation(
@@ -273,7 +293,9 @@ def start_up(config: BenchConfig) -> list[Row]:
 
     def run() -> tuple[float, float]:
         start, before = time.perf_counter(), os.times()
-        subprocess.run([sys.executable, "-c", HELP], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
+        if done.returncode:
+            raise CannotRun(help_failed(done.stderr))
         wall, after = time.perf_counter() - start, os.times()
         worked = (after.children_user + after.children_system) - (
             before.children_user + before.children_system
@@ -285,6 +307,15 @@ def start_up(config: BenchConfig) -> list[Row]:
     rows = measure([runner], config.repeats)
     say(line_of(rows[0]))
     return rows
+
+
+def help_failed(said: str) -> str:
+    """Why the command line did not start: a package that it alone needs is missing, or an error."""
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    module = re.search(r"No module named '([\w.]+)'", last)
+    if module:
+        return missing(ImportError(name=module[1]))
+    return FAILED + PLACES.sub("", last[:300])
 
 
 def in_order(rows: tuple[Row, ...]) -> tuple[Row, ...]:

@@ -8,16 +8,23 @@ starts threads).
 from __future__ import annotations
 
 import gc
+import re
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxhisto.bench import memory
 from jaxhisto.bench.record import Row
+from jaxhisto.errors import JaxhistoError
 
 Say = Callable[[str], None]
 Seconds = float | tuple[float, float] | None
+FAILED = "failed: "
+"""Begins the reason of a row whose measurement ended in an error that nobody foresaw."""
+PLACES = re.compile(r"(?<![\w.:/])/(?:[\w.@+-]+/)+")  # folders of an absolute path
 
 
 class CannotRun(Exception):
@@ -72,7 +79,7 @@ def measure(
       repeats: turns that count.
       say: takes a line of progress.
 
-    A runner that runs out of memory gets a row that says so, and the others go on.
+    A runner that fails gets a row that says why, out of memory or otherwise, and the others go on.
     """
     found = {i: _Turns() for i, one in enumerate(runners) if isinstance(one, Runner)}
     for turn in range(repeats + 1):
@@ -90,15 +97,33 @@ def measure(
 def attempt(
     make: Callable[[], Runner], stage: str, who: str, settings: Mapping[str, Any]
 ) -> Runner | Row:
-    """A runner, or the row that says why there is none: a package is missing, or memory is out."""
+    """A runner, or the row that says why there is none: see `reason`."""
     try:
         return make()
-    except ImportError as error:
-        return Row(stage, who, settings, why=missing(error))
     except Exception as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        return Row(stage, who, settings, why=memory.OUT)
+        return Row(stage, who, settings, why=reason(error))
+
+
+def reason(error: Exception) -> str:
+    """Why a row has no figure: a package is missing, memory is out, or what nobody foresaw.
+
+    The last begins with FAILED and has its traceback on stderr; folders, which are others on
+    another machine, are left out.
+    """
+    if isinstance(error, CannotRun):
+        return str(error)
+    if isinstance(error, ImportError) and not (error.name or "").startswith("jaxhisto"):
+        return missing(error)
+    if out := memory.why(error):
+        return out
+    traceback.print_exception(error, file=sys.stderr)
+    return FAILED + told(error)
+
+
+def told(error: Exception) -> str:
+    """An error as one line without folders: its type and first line; of ours, the sentence."""
+    line = PLACES.sub("", (str(error).strip().splitlines() or [""])[0][:300])
+    return line if isinstance(error, JaxhistoError) else f"{type(error).__name__}: {line}"
 
 
 def missing(error: ImportError) -> str:
@@ -121,12 +146,7 @@ def _turn(runner: Runner, turns: _Turns, counted: bool) -> None:
     try:
         own = runner.run()
     except Exception as error:
-        if isinstance(error, CannotRun):
-            turns.why = str(error)
-        elif memory.is_out_of_memory(error):
-            turns.why = memory.OUT
-        else:
-            raise
+        turns.why = reason(error)
         error.__traceback__ = None  # its frames hold the arrays that filled the memory
         del error
         runner.close()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxhisto.bench import run
+from jaxhisto.bench import memory, run
 from jaxhisto.bench.__main__ import parsed
 from jaxhisto.bench.ours import exchanges
-from jaxhisto.bench.record import find, read_record
+from jaxhisto.bench.record import Row, find, read_record, row_to_json
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.errors import ConfigError, RunError
@@ -167,11 +167,72 @@ def test_a_child_that_ends_is_told_apart_by_how():
     from jaxhisto.bench.child import OutOfMemory, end
 
     end(0, "warnings")
-    for code, said in ((-9, ""), (1, "RESOURCE_EXHAUSTED: Out of memory"), (-6, "std::bad_alloc")):
+    for code, said in ((-9, ""), (memory.EXIT, ""), (-6, "std::bad_alloc")):
         with pytest.raises(OutOfMemory):
             end(code, said)
-    with pytest.raises(RunError, match=r"code 1 \(KeyError: 'x'\)"):
-        end(1, "Traceback\nKeyError: 'x'\n")
+    warned = (
+        "W bfc_allocator.cc:306] Allocator (GPU_0_bfc) ran out of memory trying to allocate 1 GiB. "
+        "The caller indicates that this is not a failure"
+    )
+    hint = "For simplicity, JAX has removed its internal frames from the traceback."
+    said = f"{warned}\nTraceback\n  File x\njax.errors.JaxRuntimeError: INTERNAL: x\n{hint}\n"
+    for code in (1, -11):
+        with pytest.raises(
+            RunError, match=r"\(jax.errors.JaxRuntimeError: INTERNAL: x\); all .*r.log"
+        ):
+            end(code, said, "r.log")
+    with pytest.raises(RunError, match=r"code 1 \(no such thing\); run fewer --stages"):
+        end(1, "no such thing\n")
+
+
+def test_an_error_of_ours_costs_its_row_alone(tmp_path, monkeypatch):
+    """By a process: the other rows are there, the exit code tells, and the log shows where."""
+    out = tmp_path / "r.json"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import jaxhisto.bench.ours as ours\n"
+        "def broken(self): raise ZeroDivisionError('planted')\n"
+        "ours.Setup._augment = broken\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    args = ("--batch-sizes", 4, "--stages", "to_device", "augment")
+    done = bench(out, *args, PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "1 row failed (augment); " in done.stderr
+    assert str(out) + ".log shows where" in done.stderr
+    rows = read_record(out).rows
+    assert find(rows, "to_device").seconds
+    assert find(rows, "augment").why == "failed: ZeroDivisionError: planted"
+    assert "in broken" in (tmp_path / "r.json.log").read_text()
+
+
+def test_a_child_that_ends_owes_rows_and_the_bench_goes_on(monkeypatch):
+    def ask(job, env):
+        yield {"row": row_to_json(Row("read", "jaxhisto", {"batch": 4}, (1.0,)))}
+        raise RunError("the process that measures ended with code -11 (it wrote nothing)")
+
+    monkeypatch.setattr(run, "ask", ask)
+    job = {"stages": ["read", "step"], "point": {"model": "resnet10", "batch": 4}}
+    first, owed = run.point(BenchConfig(devices=1), {"platform": "cpu"}, job)
+    assert first[0].seconds == (1.0,)
+    assert [(row.stage, row.why) for row in owed] == [
+        ("step", "failed: the process that measures ended with code -11 (it wrote nothing)")
+    ]
+
+
+def test_a_command_line_that_does_not_start_says_why():
+    said = "Traceback\nModuleNotFoundError: No module named 'tyro.conf'\n"
+    assert run.help_failed(said) == "not installed: pip install tyro"
+    assert run.help_failed("SyntaxError: no\n") == "failed: SyntaxError: no"
+
+
+def test_debug_shows_where(tmp_path, capsys):
+    from jaxhisto.bench.__main__ import main
+
+    flags = ["--out", str(tmp_path / "nowhere" / "r.json")]
+    assert main(flags) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main([*flags, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_the_exchanges_are_sums_over_all_devices():

@@ -59,9 +59,43 @@ def test_an_allocation_that_cannot_succeed_ends_one_row_and_no_other():
     assert said == ["step, a: out of memory"]
 
 
-def test_other_errors_are_not_swallowed():
-    with pytest.raises(ZeroDivisionError):
-        measure([runner("a", lambda: 1 / 0)], 1)
+def test_an_error_ends_one_row_and_shows_where(capsys):
+    def broken():
+        raise ValueError("/somewhere/of/ours/tile.jpg is odd\nand more")
+
+    made = attempt(broken, "read", "a", {})
+    assert made.why == "failed: ValueError: tile.jpg is odd"
+    rows = measure([runner("a", broken), made, runner("b", lambda: 1.0)], 1)
+    assert [row.why for row in rows] == [made.why, made.why, ""]
+    assert rows[2].seconds == (1.0,)
+    said = capsys.readouterr().err
+    assert said.count("Traceback") == 2
+    assert "in broken" in said
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("INTERNAL: CUDNN_STATUS_ALLOC_FAILED in cuda_dnn.cc", memory.OUT),
+        ("INTERNAL: CUBLAS_STATUS_ALLOC_FAILED", memory.OUT),
+        ("failed to create cublas handle: CUBLAS_STATUS_NOT_INITIALIZED", memory.OUT),
+        ("stream_executor: CUDA_ERROR_OUT_OF_MEMORY", memory.OUT),
+        ("CUDNN_BACKEND_API_FAILED ... DEVICE_ALLOCATION_FAILED", memory.OUT),
+        (
+            "NOT_FOUND: Failed to determine best cudnn convolution algorithm for: %c",
+            memory.NO_ALGORITHM,
+        ),
+        (
+            "Failed to determine best cudnn convolution algorithm: RESOURCE_EXHAUSTED: 16 MB",
+            memory.OUT,
+        ),
+        ("INVALID_ARGUMENT: shapes differ", ""),
+    ],
+)
+def test_what_a_gpu_says_when_memory_is_out(said, why):
+    assert memory.why(RuntimeError(said)) == why
+    row = attempt(lambda: (_ for _ in ()).throw(RuntimeError(said)), "step", "a", {})
+    assert row.why == (why or f"failed: RuntimeError: {said}")
 
 
 def test_what_is_not_installed_says_what_to_install():
