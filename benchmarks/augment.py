@@ -24,14 +24,16 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from jaxhisto.bench import ratio
     from jaxhisto.bench.machine import describe
     from jaxhisto.bench.ours import Point, Setup
     from jaxhisto.bench.peers import prepare_peer
-    from jaxhisto.bench.record import Record, write_record
+    from jaxhisto.bench.record import OURS, Record, write_record
     from jaxhisto.bench.run import line_of
-    from jaxhisto.bench.runner import measure
+    from jaxhisto.bench.runner import attempt, measure
 
-    ours = Setup(Point("resnet18", args.tile_px, args.batch, "f32")).runner("augment")
+    setup = Setup(Point("resnet18", args.tile_px, args.batch, "f32"))
+    ours = attempt(lambda: setup.runner("augment"), "augment", OURS, setup.settings)
     machine = describe(args.threads, peaks=False)
     settings = {**ours.settings, "platform": machine["platform"]}
     rows = measure([ours, prepare_peer("augment", settings, args.peer)], args.repeats, print)
@@ -40,17 +42,15 @@ def main() -> None:
     if args.json:
         what = {k: v for k, v in vars(args).items() if k != "json"}
         write_record(args.json, Record(what, machine, tuple(rows)))
-    if rows[1].why:
-        raise SystemExit(f"no ratio: {rows[1].why}")
-    per, speed = "device", "images_per_s"
+    per, speed = "device", ratio.BY_CLOCK
     if machine["platform"] == "cpu":
-        per, speed = "core", "images_per_cpu_s"
-    mine, theirs = (getattr(row, speed) for row in rows)
-    print(
-        f"ratio {mine / theirs:.2f} = ours {mine:.1f} / {args.peer} {theirs:.1f} images/s per "
-        f"{per} (two views each, {args.tile_px} px, batch {args.batch}, {args.threads} threads, "
-        f"median of {args.repeats})"
+        per, speed = "core", ratio.BY_CORE
+    said = ratio.compared(*rows, ("ours", args.peer), speed, f"images/s per {per}")
+    setting = (
+        f"two views each, {args.tile_px} px, batch {args.batch}, {args.threads} threads, median "
+        f"of {args.repeats}"
     )
+    print(ratio.line([said], setting))
 
 
 def parse() -> argparse.Namespace:

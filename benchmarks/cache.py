@@ -28,6 +28,7 @@ import numpy as np
 
 WARM_UP = 2
 DISTINCT = 64  # tiles that are made; a tile is one of them, decoded for itself
+BOUNDED = ("device", "synthetic")  # the ratio: the cache, over what bounds it
 NAMES = ("synthetic", "device", "host", "none")
 Rows = tuple[Any, Any]
 Opener = Callable[[int, int], Iterator[Rows]]
@@ -40,6 +41,8 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
 
+    from jaxhisto.bench import ratio
+    from jaxhisto.bench.record import Row
     from jaxhisto.data.images import jpeg_decoder
     from jaxhisto.distributed import make_mesh
     from jaxhisto.runlog import environment
@@ -60,12 +63,13 @@ def main() -> None:
         record |= {"tiles_decoded_per_s": filling, "decoder": jpeg_decoder()}
         record |= environment(devices)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        f"ratio {speed['device'] / speed['synthetic']:.3f} = device cache {speed['device']:.1f} / "
-        f"synthetic {speed['synthetic']:.1f} images/s ({args.model}, {args.tile_px} px, batch "
-        f"{args.batch}, {args.precision}, {mesh.size} x {mesh.devices.flat[0].device_kind}, median "
-        f"of {args.repeats})"
+    fed = [Row("step", name, {}, tuple(found[name]["seconds"]), args.batch) for name in BOUNDED]
+    said = ratio.compared(*fed, ("device cache", "synthetic"))
+    setting = (
+        f"{args.model}, {args.tile_px} px, batch {args.batch}, {args.precision}, {mesh.size} x "
+        f"{mesh.devices.flat[0].device_kind}, median of {args.repeats}"
     )
+    print(ratio.line([said], setting))
 
 
 def parse() -> argparse.Namespace:

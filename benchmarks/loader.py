@@ -22,7 +22,7 @@ prefetch_factor as it comes), and the best of them is what counts: by the clock 
 CPU seconds the thriftiest. `decoders` are alone on one core, bytes in memory to a new array.
 Without --store, one of made tiles is written; `jaxhisto tile` cuts real ones. --step is what a
 training step takes, for the verdict. A row whose turns spread by more than a quarter is
-inconclusive by the clock and says so.
+inconclusive by the clock and says so; so does the ratio, last.
 """
 
 from __future__ import annotations
@@ -37,25 +37,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from jaxhisto.bench import ratio
 from jaxhisto.bench.machine import processor
 from jaxhisto.bench.made import made_store
+from jaxhisto.bench.record import Row
+from jaxhisto.bench.runner import missing
 
 OF_STORE = ("store+torchvision", "store+tfds")
 OF_FILES = ("files+torchvision", "files+pillow")
 BY_HAND = ("files+simplejpeg",)  # a decoder that a user has to bring
-SPREAD = 0.25  # (fastest - slowest) / median, above which the clock concludes nothing
 
 
 def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(args.store).resolve() if args.store else made_store(Path(folder) / "made")
+        try:
+            store = Path(args.store).resolve() if args.store else made_store(Path(folder) / "made")
+        except ImportError as error:
+            raise SystemExit(f"no ratio: no store can be made: {missing(error)}") from error
         job = {"store": str(store), "batch": args.batch, "images": args.images, "files": folder}
+        job |= {"peers": args.peers}
         with Child("jaxhisto", job) as ours, Child("torch", job) as torch:
             data = same_pixels(ours, torch)
             decoders = torch.ask(decoders=args.repeats)["decoders"]
+            there = [name for name in args.peers if name not in torch.hello["missing"]]
             found = {
-                cores: measure(ours, torch, args.peers, cores, args.repeats) for cores in args.cores
+                cores: measure(ours, torch, there, cores, args.repeats) for cores in args.cores
             }
             versions = ours.ask(versions=True) | torch.ask(versions=True)
     record = {
@@ -74,8 +81,8 @@ def main() -> None:
     }
     if args.step:
         record["verdict"] = verdict(rate(found[args.cores[-1]]["jaxhisto"]), args.step)
-    record["ratio"] = ratio_line(record)
     print(tables(record))
+    record["ratio"] = ratio_line(record)
     if args.json:
         from jaxhisto.runlog import environment
 
@@ -146,8 +153,7 @@ def same_pixels(ours: Child, torch: Child) -> dict[str, Any]:
     differing = [name for name, digest in theirs.items() if digest not in (mine["pixels"], "")]
     if differing:
         raise SystemExit(f"benchmarks/loader.py: {', '.join(differing)} gave other pixels than we")
-    missing = sorted(name for name, digest in theirs.items() if not digest)
-    return {**mine["data"], "missing": missing}
+    return {**mine["data"], "missing": torch.hello["missing"]}
 
 
 def measure(
@@ -166,13 +172,16 @@ def measure(
     return found
 
 
-def rate(row: dict[str, Any], what: str = "images_per_s") -> float:
+def rate(row: dict[str, Any], what: str = ratio.BY_CLOCK) -> float:
     return statistics.median(turn[what] for turn in row["turns"])
 
 
-def spread(row: dict[str, Any]) -> float:
-    speeds = [turn["images_per_s"] for turn in row["turns"]]
-    return (max(speeds) - min(speeds)) / statistics.median(speeds)
+def as_row(name: str, row: dict[str, Any]) -> Row:
+    """The turns as seconds an image."""
+    clock, core = (
+        tuple(1 / turn[what] for turn in row["turns"]) for what in (ratio.BY_CLOCK, ratio.BY_CORE)
+    )
+    return Row("read", name, {}, clock, 1, cpu_seconds=core)
 
 
 def paired(ours: dict[str, Any], theirs: dict[str, Any], what: str) -> float:
@@ -194,18 +203,28 @@ def ratio_line(record: dict[str, Any]) -> str:
         for names in (OF_STORE, OF_FILES, BY_HAND):
             if not any(row.partition("/")[0] in names for row in rows):
                 continue
-            for what, unit in (("images_per_s", "images/s"), ("images_per_cpu_s", "images/CPU s")):
+            for what, unit in ((ratio.BY_CLOCK, "images/s"), (ratio.BY_CORE, "images/CPU s")):
                 name = best_of(rows, names, what)
                 said.append(
-                    f"{paired(ours, rows[name], what):.2f} on {cores} core{'s' * (int(cores) > 1)}"
-                    f" = jaxhisto {rate(ours, what):.0f} / {name} {rate(rows[name], what):.0f} "
-                    f"{unit}"
-                )
+                    ratio.compared(
+                        as_row("jaxhisto", ours), as_row(name, rows[name]), ("jaxhisto", name),
+                        what, unit, 0, paired(ours, rows[name], what),
+                        f" on {cores} core{'s' * (int(cores) > 1)}",
+                    )
+                )  # fmt: skip
     what = record["what"]
-    return (
-        f"ratio {'; '.join(said)} ({what['side']} px, {what['kb']:.0f} kB a tile, batch "
-        f"{what['batch']}, median of {what['repeats']})"
+    if not said:
+        raise SystemExit(f"no ratio: {'; '.join(absent(what)) or 'no peer was asked for'}")
+    setting = (
+        f"{what['side']} px, {what['kb']:.0f} kB a tile, batch {what['batch']}, median of "
+        f"{what['repeats']}"
     )
+    return ratio.line(said, setting)
+
+
+def absent(what: dict[str, Any]) -> list[str]:
+    """The peers that were asked for and are not there, each with the reason."""
+    return [f"{name} {why}" for name, why in dict(what.get("missing") or {}).items()]
 
 
 def tables(record: dict[str, Any]) -> str:
@@ -221,12 +240,13 @@ def tables(record: dict[str, Any]) -> str:
         lines += ["", f"| {head} | images/s | slowest to fastest | images / CPU s |"]
         lines += ["|---|---|---|---|"]
         lines += [line(name, rows[name]) for name in sorted(rows, key=lambda n: -rate(rows[n]))]
+    lines += [f"\n{one}" for one in absent(record["what"])]
     return "\n".join(lines)
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     speeds = [turn["images_per_s"] for turn in row["turns"]]
-    noisy = ", inconclusive" if spread(row) > SPREAD else ""
+    noisy = ", inconclusive" if as_row(name, row).doubt else ""
     by_clock = f"{rate(row):,.0f} | {min(speeds):,.0f} to {max(speeds):,.0f}{noisy}"
     return f"| {name} | {by_clock} | {rate(row, 'images_per_cpu_s'):,.0f} |"
 

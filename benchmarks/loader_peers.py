@@ -12,22 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxhisto.bench.peers_read import (
-    Files,
-    Stored,
-    as_tensor,
-    by_pillow,
-    by_simplejpeg,
-    by_torchvision,
-    decoders,
-    torchvision_reads,
-)
+from jaxhisto.bench.peer_job import PeerJob
+from jaxhisto.bench.peers_read import dataset_of, decoders
+from jaxhisto.bench.runner import missing
 from jaxhisto.bench.worker_clock import cpu_seconds, on_cores
 
 CHECKED = 16  # tiles whose pixels are compared
@@ -44,7 +36,7 @@ def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what a library prints is no answer
     measured = {"jaxhisto": Jaxhisto, "torch": Torch}[side](job)
-    hello = {"names": measured.names, "settings": measured.settings}
+    hello = {"missing": measured.missing, "settings": measured.settings}
     print(json.dumps(hello), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answered(measured, job, json.loads(line))), file=answers, flush=True)
@@ -93,8 +85,6 @@ def digest(tiles: Iterator[Any]) -> str:
 class Jaxhisto:
     """`loader.batches`, as a run without a cache uses it."""
 
-    names = ("jaxhisto",)
-
     def __init__(self, job: dict[str, Any]) -> None:
         from jaxhisto.config import DataConfig
         from jaxhisto.data.sources import open_tiles
@@ -102,6 +92,7 @@ class Jaxhisto:
         self.config, self.batch = DataConfig(stores=(job["store"],)), job["batch"]
         self.tiles = open_tiles(self.config)
         threads, prefetch = self.config.threads, self.config.prefetch
+        self.missing: dict[str, str] = {}
         self.settings = f"threads {threads or 'one a core'}, prefetch {prefetch} (defaults)"
 
     def pixels(self) -> dict[str, Any]:
@@ -121,7 +112,10 @@ class Jaxhisto:
 
 
 class Torch:
-    """torch DataLoaders over the same tiles, (N, H, W, 3) uint8 like ours: nothing is turned."""
+    """torch DataLoaders over the same tiles, (N, H, W, 3) uint8 like ours: nothing is turned.
+
+    `missing`: why a peer that was asked for is not among `datasets`, by name.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -139,23 +133,22 @@ class Torch:
         files = [folder / f"{i:06}.jpg" for i in range(len(self.jpegs))]
         for file, data in zip(files, self.jpegs, strict=True):
             file.write_bytes(data)
-        self.datasets = {
-            "files+torchvision": Files(files, by_torchvision, torchvision_reads),
-            "files+pillow": Files(files, partial(as_tensor, by_pillow)),
-            "files+simplejpeg": Files(files, partial(as_tensor, by_simplejpeg)),
-            "store+torchvision": Stored(job["store"], encoded=True),
-            "store+tfds": Stored(job["store"], encoded=False),
-        }
-        self.names = tuple(self.datasets)
+        self.datasets: dict[str, Any] = {}
+        self.missing: dict[str, str] = {}
+        for name in job["peers"]:
+            one = PeerJob("read", name, store=job["store"], files=str(folder))
+            try:
+                self.datasets[name] = dataset_of(one)
+            except ImportError as error:
+                self.missing[name] = missing(error)
         self.settings = "shuffled, persistent workers, prefetch_factor 2, pin_memory off"
 
     def pixels(self) -> dict[str, Any]:
         first = range(min(CHECKED, len(self.jpegs)))
-        return {
-            "pixels": {
-                name: digest(data[i].numpy() for i in first) for name, data in self.datasets.items()
-            }
+        found = {
+            name: digest(data[i].numpy() for i in first) for name, data in self.datasets.items()
         }
+        return {"pixels": found | dict.fromkeys(self.missing, "")}
 
     def opened(self, name: str, workers: int) -> Batches:
         from torch.utils.data import DataLoader

@@ -7,7 +7,8 @@ Both train the same network (encoder, head, NT-Xent, LARS) on given views. PyTor
 torchvision's ResNet, channels-last, under autocast for bf16; TF32 is off on both sides, so that
 f32 means float32. The ratio is that of the steps on given views; our whole step, which also draws
 and makes the views, stands beside it (`jaxhisto bench` holds PyTorch's whole step against that).
-An image counts once, not once a view.
+An image counts once, not once a view. Without --batch and --precision it is 32 and f32 on a CPU,
+512 and bf16 on an accelerator.
 """
 
 from __future__ import annotations
@@ -23,30 +24,38 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     # JAX would otherwise take three quarters of a GPU that PyTorch shares.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    from jaxhisto.bench import ratio
     from jaxhisto.bench.machine import describe
     from jaxhisto.bench.ours import Point, Setup
     from jaxhisto.bench.peers import prepare_peer
-    from jaxhisto.bench.record import Record, write_record
+    from jaxhisto.bench.record import OURS, Record, write_record
     from jaxhisto.bench.run import line_of
-    from jaxhisto.bench.runner import measure
+    from jaxhisto.bench.runner import attempt, measure
 
-    setup = Setup(Point(args.model, args.tile_px, args.batch, args.precision))
-    given = setup.runner("given")
-    peer = prepare_peer("step", {**given.settings, "augment": False}, args.peer)
-    rows = measure([given, setup.runner("step"), peer], args.repeats, print)
+    platform = jax.default_backend()
+    batch = args.batch or (32 if platform == "cpu" else 512)
+    precision = args.precision or ("f32" if platform == "cpu" else "bf16")
+    setup = Setup(Point(args.model, args.tile_px, batch, precision))
+    settings = {**setup.settings, "platform": platform, "augment": False}
+    given = attempt(lambda: setup.runner("given"), "step", OURS, setup.settings)
+    whole = attempt(lambda: setup.runner("step"), "step", OURS, setup.settings)
+    peer = prepare_peer("step", settings, args.peer)
+    rows = measure([given, whole, peer], args.repeats, print)
     for row in rows:
         print(line_of(row))
     if args.json:
         what = {k: v for k, v in vars(args).items() if k != "json"}
+        what |= {"batch": batch, "precision": precision}
         write_record(args.json, Record(what, describe(args.threads, peaks=False), tuple(rows)))
     ours, _, theirs = rows
-    if theirs.why:
-        raise SystemExit(f"no ratio: {theirs.why}")
-    print(
-        f"ratio {ours.images_per_s / theirs.images_per_s:.2f} = ours {ours.images_per_s:.1f} / "
-        f"{args.peer} {theirs.images_per_s:.1f} images/s ({args.model}, {args.tile_px} px, "
-        f"batch {args.batch}, {args.precision}, {args.threads} threads, median of {args.repeats})"
+    said = ratio.compared(ours, theirs, ("ours", args.peer))
+    setting = (
+        f"{args.model}, {args.tile_px} px, batch {batch}, {precision}, {platform}, "
+        f"{args.threads} threads, median of {args.repeats}"
     )
+    print(ratio.line([said], setting))
 
 
 def parse() -> argparse.Namespace:
@@ -55,8 +64,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18", choices=models)
     parser.add_argument("--tile-px", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=32, help="images; twice as many views")
-    parser.add_argument("--precision", default="f32", choices=("f32", "bf16"))
+    parser.add_argument("--batch", type=int, help="images; 32 on a CPU, else 512")
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="f32 on a CPU, else bf16")
     parser.add_argument("--threads", type=int, default=cores)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer", default="pytorch", choices=("pytorch", "pytorch-compiled"))

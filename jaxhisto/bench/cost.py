@@ -181,8 +181,8 @@ def scaled(config: PretrainConfig, row: Row) -> tuple[float, list[str]]:
         beyond.append(f"measured in {of['precision']}, the recipe trains in {config.precision}")
     if of["batch"] != config.batch_size:
         beyond.append(f"the speed at batch {of['batch']} is taken for {config.batch_size}")
-    if not row.conclusive:
-        beyond.append(f"inconclusive: the turns spread by {row.spread:.0%}")
+    if row.doubt:
+        beyond.append(f"inconclusive: the row {row.doubt}")
     return factor, beyond
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -268,19 +269,20 @@ def by_simplejpeg(data: bytes) -> np.ndarray:
 
 
 def decoders(jpegs: list[bytes], repeats: int) -> dict[str, list[float]]:
-    """Images a CPU second of each decoder alone, in one thread, by turns."""
+    """Images a CPU second of each decoder that is installed, alone, in one thread, by turns."""
     import torch
 
     from jaxhisto.data.images import decode_jpeg
 
     tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
-    ways: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
-        "jaxhisto": (decode_jpeg, jpegs),
-        "simplejpeg": (by_simplejpeg, jpegs),
-        "opencv": (by_opencv, jpegs),
-        "torchvision": (by_torchvision, tensors),
-        "pillow": (by_pillow, jpegs),
+    known: dict[str, tuple[str, Callable[[Any], Any], list[Any]]] = {
+        "jaxhisto": ("cv2", decode_jpeg, jpegs),
+        "simplejpeg": ("simplejpeg", by_simplejpeg, jpegs),
+        "opencv": ("cv2", by_opencv, jpegs),
+        "torchvision": ("torchvision", by_torchvision, tensors),
+        "pillow": ("PIL", by_pillow, jpegs),
     }
+    ways = {name: way for name, (module, *way) in known.items() if find_spec(module)}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, (decode, data) in ways.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +27,8 @@ VIEWS = 2
 BOUND = 0.25
 """Spread (slowest over fastest, less 1) above which a row concludes nothing: on a machine where
 a repeat takes a quarter longer than another, a median of five is no figure to compare by."""
+LEAST = 3
+"""Turns that it takes to know a spread."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,34 @@ class Row:
     @property
     def spread(self) -> float:
         """Slowest over fastest, less 1."""
-        if not self.seconds or min(self.seconds) <= 0:
-            return 0.0
-        return max(self.seconds) / min(self.seconds) - 1
+        return spread_of(self.seconds)
 
     @property
     def conclusive(self) -> bool:
-        """Whether there is a figure, and one to compare by."""
-        return bool(self.seconds) and self.spread <= BOUND
+        """Whether there is a figure, and one to compare by: see `doubt`."""
+        return bool(self.seconds) and not self.doubt
+
+    @property
+    def doubt(self) -> str:
+        """Why nothing should be concluded from the turns: `spreads by 40 %`; empty where it may."""
+        return doubt_of(self.seconds) if self.seconds else ""
+
+
+def spread_of(seconds: Sequence[float]) -> float:
+    """Slowest over fastest, less 1; 0 of none, infinite where only some took any time."""
+    if not seconds or max(seconds) <= 0:
+        return 0.0
+    return max(seconds) / min(seconds) - 1 if min(seconds) > 0 else math.inf
+
+
+def doubt_of(seconds: Sequence[float]) -> str:
+    """What stands against turns of these lengths; empty where nothing does."""
+    if seconds and min(seconds) <= 0:
+        return "has a turn that took no time"
+    if len(seconds) < LEAST:
+        return f"has {len(seconds)} of the {LEAST} turns that a spread needs"
+    spread = spread_of(seconds)
+    return f"spreads by {spread:.0%}" if spread > BOUND else ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jaxhisto.bench import cost as cost_to_train
 from jaxhisto.bench import growth_report
 from jaxhisto.bench.record import (
     BOUND,
+    LEAST,
     OF_DATA,
     OF_MODEL,
     OURS,
@@ -89,8 +90,8 @@ over fastest, less 1.
 
 COUNTED = f"""## How it is counted
 
-- **Spread.** A row whose turns spread by more than {BOUND:.0%} is *inconclusive*: nothing should be
-  concluded from it.
+- **Spread.** A row whose turns spread by more than {BOUND:.0%}, or that has fewer than {LEAST}, is
+  *inconclusive*: nothing should be concluded from it.
 - **Images/core s**: images a second that a core worked for them, on a CPU: what other programs on
   the machine leave alone, and so what to believe where the clock is inconclusive.
 - **Operations.** A multiply-add is two. Forward and backward are counted from the network's shapes
@@ -232,7 +233,7 @@ def cells(row: Row, record: Record) -> list[str]:
         number(row.images_per_s),
         number(row.views_per_s),
         f"{row.median:.3g}",
-        f"{row.spread:.0%}" + ("" if row.conclusive else ", inconclusive"),
+        spread(row),
         number(row.images_per_cpu_s) if on_cpu else "",
         number(speed and speed / 1e12),
         percent(speed and peak and speed / peak) if products else "",
@@ -242,6 +243,14 @@ def cells(row: Row, record: Record) -> list[str]:
         against(row, ours),
         against(row, ours, "images_per_cpu_s") if on_cpu else "",
     ]
+
+
+def spread(row: Row) -> str:
+    """How far a row's turns differ, and whether that is too much; empty of what took no time."""
+    if not row.seconds or not max(row.seconds) > 0:
+        return ""
+    differ = f"{row.spread:.0%}" if math.isfinite(row.spread) else "without bound"
+    return differ if row.conclusive else f"{differ}, inconclusive"
 
 
 def ours_of(row: Row, record: Record) -> Row | None:
@@ -273,9 +282,7 @@ def pipelines(record: Record) -> str:
         name = "tiles that are there" if beside else f"cache {row.settings.get('cache')}"
         at = worded({k: v for k, v in row.settings.items() if k in KEYS})
         speed = row.why or number(row.images_per_s)
-        noise = "" if row.conclusive or row.why else ", inconclusive"
-        spread = "" if row.why else f"{row.spread:.0%}{noise}"
-        rows.append([at, name, row.settings.get("data", ""), row.who, speed, spread])
+        rows.append([at, name, row.settings.get("data", ""), row.who, speed, spread(row)])
     if not rows:
         return ""
     head = ("setting", "input", "tiles", "who", "images/s", "spread")

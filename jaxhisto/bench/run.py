@@ -333,7 +333,7 @@ def line_of(row: Row) -> str:
     if row.why:
         return f"{name}: no figure, {row.why}"
     speed = f", {row.images_per_s:,.1f} images/s" if row.images and row.median > 0 else ""
-    noise = "" if row.conclusive else " (inconclusive)"
+    noise = f" (inconclusive: {row.doubt})" if row.doubt else ""
     return f"{name}: {row.median:.4g} s{speed}, spread {row.spread:.0%}{noise}"
 
 

@@ -147,8 +147,8 @@ def of_pipeline(row: Row, record: Record) -> dict[str, Any]:
 
 
 def doubted(says: str, *rows: Row) -> str:
-    """The sentence, or what stands against it: rows whose turns differ by too much."""
-    noisy = [f"{row.stage} spreads by {row.spread:.0%}" for row in rows if not row.conclusive]
+    """The sentence, or what stands against it: rows that conclude nothing."""
+    noisy = [f"{row.stage} {row.doubt}" for row in rows if row.doubt]
     return f"inconclusive ({', '.join(noisy)}), at face value {says}" if noisy else says
 
 

@@ -53,7 +53,7 @@ def test_the_claim_is_the_ledgers():
 
 def test_what_was_not_measured_is_said():
     recipe = dataclasses.replace(cost.read_recipe("pretrain_resnet50"), epochs=10.0)
-    speed = cost.Speed("jaxhisto", row((0.1, 0.2), batch=32, precision="f32"), {})
+    speed = cost.Speed("jaxhisto", row((0.1, 0.15, 0.2), batch=32, precision="f32"), {})
     found, papers = cost.costs(recipe, "mine", 5120, [speed])
     assert (found["name"], found["steps"]) == ("mine, 5,120 tiles", 100)
     assert papers["name"] == "the paper's recipe (sec. 5), 500,000 tiles"
@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_said():
     said = " ".join(found["beyond"])
     for part in ("measured resnet18 at 224 px; resnet50 at 224 px by its operations, x 2.",
                  "measured in f32, the recipe trains in bf16", "at batch 32 is taken for 512",
-                 "inconclusive: the turns spread by 100%"):  # fmt: skip
+                 "inconclusive: the row spreads by 100%"):  # fmt: skip
         assert part in said
     assert found["kwh"] is None
     assert found["why"] == cost.NO_POWER

@@ -23,16 +23,26 @@ def test_figures_by_hand():
 
 
 def test_a_known_spread_is_inconclusive_above_a_quarter():
-    assert Row("step", "a", {}, (1.0, 1.25)).conclusive
-    assert not Row("step", "a", {}, (1.0, 1.26)).conclusive
-    assert not Row("step", "a", {}, why="out of memory").conclusive
+    assert Row("step", "a", {}, (1.0, 1.1, 1.25)).conclusive
+    noisy = Row("step", "a", {}, (1.0, 1.1, 1.26))
+    assert (noisy.conclusive, noisy.doubt) == (False, "spreads by 26%")
+    none = Row("step", "a", {}, why="out of memory")
+    assert (none.conclusive, none.doubt) == (False, "")
+
+
+def test_few_turns_and_turns_that_took_no_time_conclude_nothing():
+    two = Row("step", "a", {}, (1.0, 1.0))
+    assert (two.conclusive, two.doubt) == (False, "has 2 of the 3 turns that a spread needs")
+    clamped = Row("backward", "a", {}, (0.0, 0.1, 0.1))
+    assert (clamped.conclusive, clamped.doubt) == (False, "has a turn that took no time")
+    assert math.isinf(clamped.spread)
 
 
 def test_no_figure_and_no_time_are_no_speed():
     assert math.isnan(Row("step", "a", {}, images=8, why="out of memory").images_per_s)
     none = Row("communication", "a", {}, (0.0, 0.0), 8)
     assert math.isnan(none.images_per_s)
-    assert (none.spread, none.conclusive) == (0.0, True)
+    assert (none.spread, none.conclusive) == (0.0, False)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
