@@ -5,20 +5,37 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-import pooch
-
-WHERE = "JAX_COMPILATION_CACHE_DIR"
+WHERE, MOST = "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"
+LIMIT = 4 << 30
+"""Bytes that are kept, the least recently used of which JAX removes; a step takes some 20 MB."""
 
 
 def keep_compiled() -> None:
     """Tells JAX where to keep what it compiles, unless the environment says; before it is imported.
 
-    Below the user's cache folder, as downloads are. An empty value in the environment keeps
-    nothing.
+    Below the user's cache folder, as downloads are, at most LIMIT bytes. An empty value in the
+    environment keeps nothing; a limit in it stays.
     """
-    os.environ.setdefault(WHERE, str(Path(pooch.os_cache("jaxhisto")) / "compiled" / processor()))
+    if WHERE in os.environ:
+        return
+    os.environ[WHERE] = str(caches() / "jaxhisto" / "compiled" / processor())
+    if find_spec("filelock"):  # without it JAX keeps to no limit: it refuses to keep anything
+        os.environ.setdefault(MOST, str(LIMIT))
+
+
+def caches() -> Path:
+    """The user's folder for caches, the same as pooch's, which need not be installed here."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local) if local else Path.home() / "AppData" / "Local"
+    given = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return Path(given) if given else Path.home() / ".cache"
 
 
 def processor() -> str:

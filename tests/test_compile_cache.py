@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxhisto.compile_cache import WHERE, keep_compiled, processor
+from jaxhisto import compile_cache
+from jaxhisto.compile_cache import LIMIT, MOST, WHERE, keep_compiled, processor
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,30 @@ def test_deterministic_runs_and_those_who_say_otherwise_keep_nothing_there(image
     pretrain(images, tmp_path / "b", cache, **{WHERE: str(own)})
     assert not programs(cache / "jaxhisto")
     assert programs(own)
+
+
+def test_it_is_kept_where_downloads_are_and_not_without_end(monkeypatch, tmp_path):
+    """Without pooch, which a machine that only trains may lack, and where pooch would."""
+    import pooch
+
+    where = Path(pooch.os_cache("jaxhisto"))
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    for name in (WHERE, MOST):
+        monkeypatch.setenv(name, "set so that it is put back")
+        monkeypatch.delenv(name)
+    keep_compiled()
+    assert Path(os.environ[WHERE]) == where / "compiled" / processor()
+    assert int(os.environ[MOST]) == LIMIT
+    monkeypatch.delenv(WHERE)
+    monkeypatch.delenv(MOST)
+    monkeypatch.setattr(compile_cache, "find_spec", lambda name: None)
+    keep_compiled()  # JAX takes a limit with filelock alone, and would keep nothing
+    assert MOST not in os.environ
+    monkeypatch.delenv(WHERE)
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        keep_compiled()
+        assert Path(os.environ[WHERE]).parents[2] == tmp_path
 
 
 def test_what_the_environment_says_stays(monkeypatch, tmp_path):

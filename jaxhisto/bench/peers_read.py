@@ -275,14 +275,15 @@ def decoders(jpegs: list[bytes], repeats: int) -> dict[str, list[float]]:
     from jaxhisto.data.images import decode_jpeg
 
     tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpegs]
-    known: dict[str, tuple[str, Callable[[Any], Any], list[Any]]] = {
-        "jaxhisto": ("cv2", decode_jpeg, jpegs),
-        "simplejpeg": ("simplejpeg", by_simplejpeg, jpegs),
-        "opencv": ("cv2", by_opencv, jpegs),
-        "torchvision": ("torchvision", by_torchvision, tensors),
-        "pillow": ("PIL", by_pillow, jpegs),
+    ways: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+        "jaxhisto": (decode_jpeg, jpegs),
+        "simplejpeg": (by_simplejpeg, jpegs),
+        "opencv": (by_opencv, jpegs),
+        "torchvision": (by_torchvision, tensors),
+        "pillow": (by_pillow, jpegs),
     }
-    ways = {name: way for name, (module, *way) in known.items() if find_spec(module)}
+    modules = {"jaxhisto": "cv2", "opencv": "cv2", "pillow": "PIL"}
+    ways = {name: way for name, way in ways.items() if find_spec(modules.get(name, name))}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, (decode, data) in ways.items():

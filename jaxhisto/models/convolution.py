@@ -82,10 +82,14 @@ def convolve(
       fast: whether another form may be taken than XLA's own. Each is as near to the exact
         result, but not the same to the last digits.
 
+    The other forms have a gradient rule of their own, so that on a CPU `jax.jvp`, `jax.jacfwd` and
+    forward-over-reverse (Hessian products) raise a TypeError; inside `convolutions("plain")` they
+    work.
+
     Returns:
       (N, ceil(H/stride), ceil(W/stride), D), sharded as `x`.
     """
-    if not (fast and _may_be_fast(x)):
+    if not (fast and x.size and _may_be_fast(x)):  # an empty batch has nothing to cut in chunks
         return plain(x, kernel, stride, precision)
     sharding = jax.typeof(x).sharding
     axis = sharding.spec[0]
@@ -136,11 +140,20 @@ def _own(kernel: jax.Array, x: jax.Array) -> jax.Array:
     Without this the gradient's rule, which sees the rows of one device, would have to know
     whether to sum.
     """
-    spread, held = (getattr(jax.typeof(a), "vma", None) for a in (x, kernel))
+    spread, held = _varying(x), _varying(kernel)
     if spread is None or held is None:
         return kernel + nothing(x)
     missing = tuple(spread - held)
     return jax.lax.pcast(kernel, missing, to="varying") if missing else kernel
+
+
+def _varying(a: jax.Array) -> frozenset[str] | None:
+    """The axes along which an array may differ between devices; None where JAX does not say."""
+    kind = jax.typeof(a)
+    if (axes := getattr(kind, "vma", None)) is not None:
+        return frozenset(axes)
+    manual = getattr(kind, "manual_axis_type", None) or getattr(kind, "mat", None)  # JAX 0.11.2
+    return None if manual is None else frozenset(manual.varying)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

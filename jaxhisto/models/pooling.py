@@ -13,6 +13,10 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     (N, H, W, C) to (N, ceil(H/2), ceil(W/2), C). Where several pixels of a window are the
     largest, the first in reading order gets the gradient, as in PyTorch.
+
+    The gradient is a rule of its own, which JAX cannot differentiate forwards: `jax.jvp`,
+    `jax.jacfwd` and forward-over-reverse raise a TypeError, inside `convolutions("plain")` too;
+    `nnx.max_pool` with these windows is what they take.
     """
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 

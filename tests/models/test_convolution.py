@@ -13,9 +13,10 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.distributed import make_mesh, to_global
-from jaxhisto.models import products, winograd
-from jaxhisto.models.chunks import nearest_divisor
+from jaxhisto.models import convolution, products, winograd
+from jaxhisto.models.chunks import in_chunks, nearest_divisor, rows_of_chunk, sum_of_chunks
 from jaxhisto.models.convolution import convolutions, convolve
+from jaxhisto.models.pooling import max_pool
 from jaxhisto.models.resnet import Conv
 
 Arrays = tuple[np.ndarray, ...]
@@ -199,3 +200,61 @@ def test_auto_is_fast_where_there_is_work() -> None:
 def test_nearest_divisor() -> None:
     assert [nearest_divisor(64, rows) for rows in (0.1, 5, 7, 1000)] == [1, 4, 8, 64]
     assert [nearest_divisor(7, rows) for rows in (2, 3)] == [1, 7]
+
+
+def test_chunks_of_what_has_no_divisors() -> None:
+    """2 x a prime: a few rows of zeros behind, not chunks of half of it or of two."""
+    found = [rows_of_chunk(n, w) for n, w in ((254, 20), (2042, 30), (64, 0.1), (7, 3), (5, 99))]
+    assert found == [20, 30, 1, 7, 5]
+    x = np.random.default_rng(0).standard_normal((254, 3), np.float32)
+    text = jax.jit(lambda x: in_chunks(lambda r: 2 * r, (x,), 20)).lower(x).as_text()
+    assert "stablehlo.while" in text
+    assert "13x20x3xf32" in text
+    np.testing.assert_array_equal(in_chunks(lambda r: 2 * r, (jnp.asarray(x),), 20), 2 * x)
+    summed = sum_of_chunks(lambda r: r.sum(0), (jnp.asarray(x),), 20)
+    np.testing.assert_allclose(summed, x.sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["winograd", "taps", "strided", "stem"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nothing_in_is_nothing_out(case: str, axis: int) -> None:
+    """No rows, or no height: empty results, and a slope of zeros in the kernel."""
+    (x, kernel, slope), stride = made(case)
+    x, slope = (np.delete(a, range(a.shape[axis]), axis) for a in (x, slope))
+    y, of_image, of_kernel = jax.jit(all_three(stride))(x, kernel, slope)
+    assert (y.shape, of_image.shape) == (slope.shape, x.shape)
+    assert not of_kernel.any()
+
+
+def test_the_kernel_is_each_devices_own_where_jax_has_no_vma(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """JAX 0.11 says what varies by `manual_axis_type`."""
+
+    class Manual:
+        varying = frozenset({"data"})
+
+    for name in ("manual_axis_type", "mat"):
+        kind = type("Kind", (), {name: Manual()})()
+        monkeypatch.setattr(jax, "typeof", lambda a, kind=kind: kind)
+        assert convolution._varying(jnp.zeros(())) == {"data"}
+    monkeypatch.setattr(jax, "typeof", lambda a: object())
+    assert convolution._varying(jnp.zeros(())) is None
+
+
+def test_forward_mode_is_for_the_plain_forms_as_the_docstrings_say() -> None:
+    (x, kernel, _), stride = made("winograd")
+
+    def along(x: jax.Array) -> jax.Array:
+        return jax.jvp(lambda x: convolve(x, jnp.asarray(kernel), stride), (x,), (x,))[1]
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jit(along).lower(x)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jit(lambda x: jax.jvp(max_pool, (x,), (x,))).lower(x)
+    with convolutions("plain"):
+        again = jax.jit(lambda x: along(x)).lower(x)  # what was traced before keeps its forms
+        assert again.out_info.shape == (4, 8, 8, 40)
+    for where in (convolve, max_pool):
+        assert where.__doc__ is not None
+        assert 'convolutions("plain")' in where.__doc__
