@@ -63,7 +63,8 @@ class BenchConfig:
     cache: tuple[Cache, ...] = get_args(Cache)
     """Caches to train from a store with, as `pretrain --data.cache`."""
     steps: int = within(0, 0, 100000)
-    """Batches or steps of a turn of `read` and `pipeline`; 0: 4 on a CPU, 20 on an accelerator."""
+    """Batches or steps of a turn of `read` and `pipeline`, and on an accelerator calls of a turn of
+    the other stages; 0: 4 on a CPU, 20 on an accelerator."""
     repeats: int = within(5, 1, 1000)
     """Turns that count; one before them does not."""
     threads: int = within(0, 0, MANY)

@@ -81,17 +81,26 @@ class Setup:
     """What the stages of a point share: mesh, state, a batch, and the programs, each made once.
 
     Every program is compiled for the arrays it is called with, so that a turn times no compiler.
+
+    Args:
+      calls: of a program in a turn, with one wait at their end: on an accelerator a single one is
+        short, and half of it may be its launch.
     """
 
-    def __init__(self, point: Point) -> None:
+    def __init__(self, point: Point, calls: int = 1) -> None:
         self.point, self.config = point, point.config()
+        self.calls = calls
         self.mesh: Mesh = make_mesh(point.devices)
         self._steps: dict[tuple[int, ...], Any] = {}
-        self.settings = asdict(point) | {
-            "devices": self.mesh.size,
-            "threads": cores(),
-            "data": "synthetic",
-        }
+        self.settings = (
+            asdict(point)
+            | {
+                "devices": self.mesh.size,
+                "threads": cores(),
+                "data": "synthetic",
+            }
+            | ({"calls": calls} if calls > 1 else {})
+        )
 
     def runner(self, stage: str) -> Runner | Row:
         """The runner of a stage that needs no store.
@@ -124,6 +133,10 @@ class Setup:
         make = jax.jit(lambda tiles, sizes: augmented(self.config, jnp.int32(0), tiles, sizes))
         return jax.block_until_ready(make(*self.placed))
 
+    def drop_views(self) -> None:
+        """Frees the views: what makes its own would count them in its peak of memory."""
+        self.__dict__.pop("views", None)
+
     @cached_property
     def jitted(self) -> Any:
         """The training step, not yet compiled."""
@@ -153,7 +166,7 @@ class Setup:
         rows = self.host
 
         def run() -> None:
-            jax.block_until_ready(to_global(rows, self.mesh))
+            self._calls(lambda: to_global(rows, self.mesh))
 
         return self._made("to_device", run, moved=sum(a.nbytes for a in rows), model=None)
 
@@ -164,7 +177,7 @@ class Setup:
         compiled = views.lower(number, *rows).compile()
 
         def run() -> None:
-            jax.block_until_ready(compiled(np.int32(next(step)), *rows))
+            self._calls(lambda: compiled(np.int32(next(step)), *rows))
 
         return self._made("augment", run, compiled, model=None)
 
@@ -173,7 +186,7 @@ class Setup:
         args = (state.params, state.batch_stats, self.views)
 
         def run() -> None:
-            jax.block_until_ready(self.forward(*args))
+            self._calls(lambda: self.forward(*args))
 
         return self._made("forward", run, self.forward, flops.forward_flops)
 
@@ -186,8 +199,8 @@ class Setup:
         moved = added["bytes"] - own["bytes"] if own and added else None
 
         def run() -> tuple[float, float]:
-            alone = seconds_of(lambda: jax.block_until_ready(self.forward(*args)))
-            whole = seconds_of(lambda: jax.block_until_ready(both(*args)))
+            alone = seconds_of(lambda: self._calls(lambda: self.forward(*args)))
+            whole = seconds_of(lambda: self._calls(lambda: both(*args)))
             return max(whole[0] - alone[0], 0.0), max(whole[1] - alone[1], 0.0)
 
         return self._made("backward", run, count=flops.backward_flops, moved=moved)
@@ -200,7 +213,8 @@ class Setup:
 
         def run() -> None:
             nonlocal state
-            state, metrics = compiled(state, grads)
+            for _ in range(self.calls):
+                state, metrics = compiled(state, grads)
             jax.block_until_ready((state, metrics))
 
         return self._made("optimizer", run, compiled)
@@ -219,18 +233,20 @@ class Setup:
         compiled = jax.jit(exchanges(self.mesh)).lower(params, stats, z).compile()
 
         def run() -> None:
-            jax.block_until_ready(compiled(params, stats, z))
+            self._calls(lambda: compiled(params, stats, z))
 
         sent = 2 * nbytes(params) + 4 * nbytes(stats) + z.nbytes
         others = (self.mesh.size - 1) / self.mesh.size
         return self._made("communication", run, moved=self.mesh.size * others * sent)
 
     def _step(self) -> Runner:
+        self.drop_views()
         compiled, state = self.step(*self.placed), self.state()
 
         def run() -> None:
             nonlocal state
-            state, metrics = compiled(state, *self.placed)
+            for _ in range(self.calls):
+                state, metrics = compiled(state, *self.placed)
             jax.block_until_ready((state, metrics))
 
         return self._made("step", run, compiled, flops.step_flops)
@@ -248,7 +264,8 @@ class Setup:
 
         def run() -> None:
             nonlocal state
-            state, loss = compiled(state, self.views)
+            for _ in range(self.calls):
+                state, loss = compiled(state, self.views)
             jax.block_until_ready((state, loss))
 
         made = self._made("step", run, compiled, flops.step_flops)
@@ -280,6 +297,9 @@ class Setup:
         """A runner with its operations and bytes; `model` None: the stage has no network."""
         point = self.point
         of_xla = traffic.cost(compiled, self.mesh.size) if compiled is not None else {}
+        operations = of_xla.get("flops")
+        if count:
+            operations = count(point.model, point.tile_px, point.batch)
         settings = dict(self.settings)
         if model is None:
             del settings["model"], settings["precision"]
@@ -287,11 +307,19 @@ class Setup:
             stage,
             OURS,
             lambda: self._on_mesh(run),
-            point.batch,
+            self.calls * point.batch,
             settings,
-            flops=count(point.model, point.tile_px, point.batch) if count else of_xla.get("flops"),
-            bytes=of_xla.get("bytes") if moved is None else moved,
+            flops=times(operations, self.calls),
+            bytes=times(of_xla.get("bytes") if moved is None else moved, self.calls),
         )
+
+    def _calls(self, call: Callable[[], Any]) -> None:
+        """The calls of a turn, whose results are not kept, and a wait for the last."""
+        out: Any = None
+        for _ in range(self.calls):
+            out = None  # before the next is made: two would be twice the memory
+            out = call()
+        jax.block_until_ready(out)
 
     def _on_mesh(self, run: Callable[[], Seconds]) -> Seconds:
         with jax.set_mesh(self.mesh):
@@ -320,6 +348,11 @@ def exchanges(mesh: Mesh) -> Callable[[Any, Any, jax.Array], Any]:
         in_specs=(P(), P(), P("data")),
         out_specs=(P(), P("data"), P()),
     )
+
+
+def times(count: float | None, calls: int) -> float | None:
+    """Of one call, of all."""
+    return None if count is None else count * calls
 
 
 def nbytes(tree: Any) -> int:

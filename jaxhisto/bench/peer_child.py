@@ -48,13 +48,24 @@ def prepare(job: PeerJob) -> Prepared:
 
 
 def turn(prepared: Prepared) -> dict[str, Any]:
-    """Seconds by the clock and of the cores, and the peak of memory since the turn before."""
+    """Seconds by the clock and of the cores, and the peak of memory while it ran."""
+    forget_peak()
     began, worked = time.perf_counter(), time.process_time()
     own = prepared.run()
     seconds, cpu = time.perf_counter() - began, time.process_time() - worked
     if own is not None:
         seconds, cpu = own
     return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes()}
+
+
+def forget_peak() -> None:
+    """Sets the peak back to what is held now: before it lies what preparing tried."""
+    torch: Any = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    from jaxhisto.bench.memory import forget_peak as of_process
+
+    of_process()
 
 
 def peak_bytes() -> int | None:

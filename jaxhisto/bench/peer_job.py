@@ -24,6 +24,7 @@ class PeerJob:
       precision: f32 (TF32 off) or bf16 (autocast).
       threads: cores to use.
       images: of a turn of `read` and `pipeline`.
+      calls: of a turn of the other stages, with one wait at their end.
       augment: `step` makes its views from uint8 tiles, as ours does; False: they are given.
       files: folder of JPEG tiles, for `read` and `pipeline`.
       store: tile store, for what reads that itself.
@@ -42,6 +43,7 @@ class PeerJob:
     precision: str = "f32"
     threads: int = 1
     images: int = 0
+    calls: int = 1
     augment: bool = True
     files: str = ""
     store: str = ""

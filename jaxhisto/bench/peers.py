@@ -134,7 +134,7 @@ def prepare_peer(
         stage=stage,
         who=who,
         run=process.turn,
-        images=job.images if stage in OF_DATA else job.batch,
+        images=job.images if stage in OF_DATA else job.batch * job.calls,
         settings={**named, "peer": process.settings},
         close=process.close,
         peak=lambda: process.peak,

@@ -44,7 +44,8 @@ def prepare(job: PeerJob) -> Prepared:
     views = augmenter(job, device)
 
     def make() -> None:
-        views.make(tiles)
+        for _ in range(job.calls):
+            views.make(tiles)
         wait(device)
 
     return Prepared(lambda: timed(make, views.workers), views.settings, views.close)

@@ -12,7 +12,7 @@ import io
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -119,9 +119,9 @@ def pipeline(job: PeerJob) -> Prepared:
     def steps(way: str, workers: int, count: int) -> float:
         with contextlib.closing(feed(way, workers)) as images:  # type: ignore[type-var]
             setup.step(next(images))  # starts the workers
+            setup.wait()
             began = time.perf_counter()
-            for one in itertools.islice(images, count):
-                setup.step(one)
+            train(setup, itertools.islice(images, count))
             return time.perf_counter() - began
 
     ways = [(way, n) for way in where for n in counts(job)[1:]]
@@ -139,6 +139,17 @@ def pipeline(job: PeerJob) -> Prepared:
         return steps(way, workers, max(1, job.images // job.batch)), cpu_seconds() - worked
 
     return Prepared(run, settings)
+
+
+def train(setup: Any, batches: Iterable[Any]) -> None:
+    """A step on each batch. As our loop, it waits for a step when the next one is handed over."""
+    before: Callable[[], None] = lambda: None  # noqa: E731
+    for batch in batches:
+        setup.step(batch)
+        now = setup.mark()
+        before()
+        before = now
+    setup.wait()
 
 
 def as_images(batch: Any, device: Any) -> Any:

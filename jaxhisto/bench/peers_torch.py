@@ -30,10 +30,10 @@ def prepare(job: PeerJob) -> Prepared:
     if job.stage == "optimizer":
         setup.gradient()
     stages: dict[str, Callable[[], Any]] = {
-        "forward": setup.forward,
+        "forward": lambda: setup.calls(setup.forward),
         "backward": setup.backward,
-        "optimizer": setup.update,
-        "step": setup.step,
+        "optimizer": lambda: setup.calls(setup.update),
+        "step": lambda: setup.calls(setup.step),
     }
     return Prepared(stages[job.stage], setup.settings())
 
@@ -47,7 +47,7 @@ def whole_step(job: PeerJob) -> Prepared:
     tiles = made_tiles(job).to(setup.device)
 
     def run() -> tuple[float, float]:
-        return timed(lambda: setup.step(views(tiles)), views.workers)
+        return timed(lambda: setup.calls(lambda: setup.step(views(tiles))), views.workers)
 
     settings = setup.settings() | {"augmentation": views.settings}
     return Prepared(run, settings, views.close)
@@ -92,11 +92,18 @@ class Setup:
             with self.autocast():
                 z = self.network(self.images)
             self.loss(z.float())
+
+    def calls(self, act: Callable[[], Any]) -> None:
+        """The calls of a turn: the device is waited for once, as ours is."""
+        for _ in range(self.job.calls):
+            act()
         self.wait()
 
     def backward(self) -> tuple[float, float]:
         """What the gradient adds: forward, loss and gradient, less forward and loss alone."""
-        ahead, both = timed(self.forward), timed(self.gradient)
+        ahead, both = (
+            timed(lambda act=act: self.calls(act)) for act in (self.forward, self.gradient)
+        )
         return max(both[0] - ahead[0], 0.0), max(both[1] - ahead[1], 0.0)
 
     def gradient(self, images: Tensor | None = None) -> Tensor:
@@ -106,13 +113,11 @@ class Setup:
             z = self.network(self.images if images is None else images)
         loss = self.loss(z.float())
         loss.backward()
-        self.wait()
         return loss.detach()
 
     def update(self) -> None:
         """The optimizer's step on the gradient that lies there."""
         self.optimizer.step()
-        self.wait()
 
     def step(self, images: Tensor | None = None) -> None:
         """All of it."""
@@ -133,6 +138,17 @@ class Setup:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        """Waits, when called, until the device has done what it was given up to here."""
+        import torch
+
+        if self.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        wait: Callable[[], None] = event.synchronize
+        return wait
 
     def settings(self) -> dict[str, Any]:
         """What was set, for the record."""

@@ -68,11 +68,14 @@ def answers() -> Answer:
 
 def rows_of(job: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Row]:
     """The rows of a job, stage by stage, ours and the peers' by turns."""
+    import jax
+
     from jaxhisto.bench.ours import Point, Setup
 
     point = Point(**job["point"])
     settings = dict(job["point"])
-    setup = attempt_setup(lambda: Setup(point), settings)
+    calls = 1 if jax.default_backend() == "cpu" else job["steps"]
+    setup = attempt_setup(lambda: Setup(point, calls=calls), settings)
     stages = [stage for stage in (*OF_DATA, *OF_MODEL, "compile") if stage in job["stages"]]
     if isinstance(setup, str):
         yield from (Row(stage, OURS, settings, why=setup) for stage in stages)
@@ -80,11 +83,18 @@ def rows_of(job: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Row]
     with closing(Source(job)) as source:
         for stage in stages:
             say(f"{stage} ...")
-            runners = prepared(stage, setup, source, job)
-            yield from measure(runners, job["repeats"], say)
-            for runner in runners:
-                if isinstance(runner, Runner):
-                    runner.close()
+            yield from measured(stage, setup, source, job, say)
+
+
+def measured(
+    stage: str, setup: Any, source: Source, job: Mapping[str, Any], say: Callable[[str], None]
+) -> Iterator[Row]:
+    """The rows of a stage. What its runners hold is freed before the next stage's are prepared."""
+    runners = prepared(stage, setup, source, job)
+    yield from measure(runners, job["repeats"], say)
+    for runner in runners:
+        if isinstance(runner, Runner):
+            runner.close()
 
 
 def attempt_setup(make: Callable[[], Any], settings: Mapping[str, Any]) -> Any:
@@ -147,6 +157,7 @@ def prepared(stage: str, setup: Any, source: Source, job: Mapping[str, Any]) -> 
     if stage == "read":
         makes = [(settings, partial(reading, setup, source, job))]
     elif stage == "pipeline":
+        setup.drop_views()
         beside = settings | {"beside": "pipeline"}
         makes = [(beside, partial(beside_step, setup, job))]
         for cache in job["cache"]:

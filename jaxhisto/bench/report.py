@@ -92,6 +92,8 @@ COUNTED = f"""## How it is counted
 
 - **Spread.** A row whose turns spread by more than {BOUND:.0%}, or that has fewer than {LEAST}, is
   *inconclusive*: nothing should be concluded from it.
+- **Seconds** are those of one call. On an accelerator a turn is many, with one wait at their end,
+  ours and the peers' alike: a single one is short, and part of it its launch.
 - **Images/core s**: images a second that a core worked for them, on a CPU: what other programs on
   the machine leave alone, and so what to believe where the clock is inconclusive.
 - **Operations.** A multiply-add is two. Forward and backward are counted from the network's shapes
@@ -232,7 +234,7 @@ def cells(row: Row, record: Record) -> list[str]:
         row.who,
         number(row.images_per_s),
         number(row.views_per_s),
-        f"{row.median:.3g}",
+        f"{row.median / row.settings.get('calls', 1):.3g}",
         spread(row),
         number(row.images_per_cpu_s) if on_cpu else "",
         number(speed and speed / 1e12),

@@ -50,7 +50,7 @@ def of_step(step: Row, record: Record) -> dict[str, Any]:
         "settings": settings,
         "shares": shares,
         "floor_s": floor,
-        "floor_share": floor / step.median if floor else None,
+        "floor_share": floor * calls_of(step) / step.median if floor else None,
         "augment_share": augment.median / step.median if augment and augment.seconds else None,
     }
     if not shares:
@@ -116,7 +116,12 @@ def floor_of(step: Row, record: Record) -> float | None:
         return None
     of = step.settings
     moved = flops.least_bytes(of["model"], of["tile_px"], of["batch"], of["precision"])
-    return max(step.flops / peak, moved / width)
+    return max(step.flops / calls_of(step) / peak, moved / width)
+
+
+def calls_of(row: Row) -> float:
+    """Calls of a turn: on an accelerator more than one, with one wait at their end."""
+    return row.images / row.settings["batch"] if row.images else 1.0
 
 
 def of_pipeline(row: Row, record: Record) -> dict[str, Any]:

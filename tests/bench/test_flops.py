@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxhisto.bench import flops, traffic
-from jaxhisto.bench.ours import Point
+from jaxhisto.bench import flops, machine, traffic
+from jaxhisto.bench.ours import Point, Setup
 from jaxhisto.distributed import make_mesh
 from jaxhisto.models.convolution import convolutions
 from jaxhisto.pretrain.step import init_state, make_loss_and_grads
@@ -100,3 +100,51 @@ def test_library_calls_count_with_what_they_read_and_write():
     assert traffic.array_bytes("(f32[2,3]{1,0}, u8[16]{0})") == 24 + 16
     assert traffic.array_bytes("f32[]") == 4
     assert traffic.custom_call_bytes(HLO) == (24 + 8) + (24 + 16)
+
+
+def test_a_products_matrices_are_no_constants_of_the_program(monkeypatch):
+    """At side 8192 a captured one is 256 MB of the program's text."""
+    seen = []
+    jitted = jax.jit
+
+    def spied(act, **more):
+        found = jitted(act, **more)
+        seen.append(lambda *args: found.lower(*args).as_text())
+        return found
+
+    monkeypatch.setattr(jax, "jit", spied)
+    monkeypatch.setattr(machine, "GOES", 1)
+    assert machine.matmul_flops(64, jnp.float32, 1) > 0
+    a = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    text = seen[-1](a, a)
+    assert "stablehlo.constant" not in text
+    assert text.count("%arg") >= 2
+
+
+@pytest.fixture(scope="module")
+def setups():
+    return [Setup(Point("resnet10", 32, 4, "f32"), calls=calls) for calls in (1, 3)]
+
+
+def test_a_turn_of_many_calls_counts_them_all(setups):
+    done = []
+    for setup in setups:
+        made = setup._made(
+            "step", lambda setup=setup: setup._calls(lambda: done.append(1)),
+            count=lambda model, side, batch: 5.0 * batch, moved=7.0,
+        )  # fmt: skip
+        assert made.run() is None
+        found = (len(done), made.images, made.flops, made.bytes, made.settings.get("calls"))
+        assert found == ((1, 4, 20.0, 7.0, None) if setup.calls == 1 else (3, 12, 60.0, 21.0, 3))
+        done.clear()
+    one, three = (setup.runner("to_device") for setup in setups)
+    assert (three.images, three.bytes) == (3 * one.images, 3 * one.bytes)
+    assert three.run() is None
+
+
+def test_the_step_holds_no_views_beside_it(setups):
+    setup = setups[0]
+    setup.__dict__["views"] = "616 MB"
+    setup.drop_views()
+    assert "views" not in setup.__dict__
+    setup.drop_views()

@@ -14,8 +14,8 @@ import optax
 import pytest
 from PIL import Image
 
-from jaxhisto.bench import peers, peers_augment, peers_read, peers_torch
-from jaxhisto.bench.peer_job import PeerJob
+from jaxhisto.bench import peer_child, peers, peers_augment, peers_read, peers_torch
+from jaxhisto.bench.peer_job import PeerJob, Prepared
 from jaxhisto.bench.record import Row
 from jaxhisto.bench.runner import Runner, measure
 from jaxhisto.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig
@@ -209,6 +209,76 @@ def test_a_peer_that_dies_at_its_turn_leaves_a_row(interpreter):
     runner = peers.prepare_peer("step", {}, "lightly", {"lightly": interpreter(script)})
     (row,) = measure([runner], 3)
     assert (row.why, row.seconds) == ("its process ended with 1: broken", ())
+
+
+@pytest.mark.parametrize(
+    ("stage", "waits"), [("forward", 1), ("backward", 2), ("optimizer", 1), ("step", 1)]
+)
+def test_a_turn_is_its_calls_and_waits_at_their_end(monkeypatch, stage, waits):
+    """As our turns do; a wait between gradient and update would empty a GPU's queue."""
+    done = []
+
+    class Setup:
+        def __init__(self, job):
+            self.job = job
+            named = ("forward", "gradient", "update", "wait")
+            for name in named:
+                setattr(self, name, lambda name=name: done.append(name))
+
+        step, calls = peers_torch.Setup.step, peers_torch.Setup.calls
+        backward, settings = peers_torch.Setup.backward, lambda self: {}
+
+        def gradient(self, images=None):
+            done.append("gradient")
+
+    monkeypatch.setattr(peers_torch, "Setup", Setup)
+    job = dataclasses.replace(JOB, stage=stage, augment=False, calls=3)
+    prepared = peers_torch.prepare(job)
+    done.clear()
+    prepared.run()
+    assert done.count("wait") == waits
+    assert done[-1] == "wait"
+    assert len(done) - waits == {"backward": 6, "step": 6}.get(stage, 3)
+
+
+def test_the_calls_of_the_network_wait_for_nothing(monkeypatch):
+    setup = peers_torch.Setup(JOB)
+    monkeypatch.setattr(setup, "wait", lambda: pytest.fail("it waited"))
+    setup.step()
+    setup.forward()
+
+
+def test_the_pipeline_waits_a_step_behind():
+    done = []
+
+    class Setup:
+        steps = 0
+
+        def step(self, batch):
+            self.steps += 1
+            done.append(f"step {self.steps}")
+
+        def mark(self):
+            now = self.steps
+            return lambda: done.append(f"until {now}")
+
+        def wait(self):
+            done.append("all")
+
+    peers_read.train(Setup(), iter("abc"))
+    assert done == ["step 1", "step 2", "until 1", "step 3", "until 2", "all"]
+
+
+def test_the_peak_of_a_peer_is_that_of_its_turn(monkeypatch):
+    """What preparing tried (cuDNN's algorithms, ways to augment) is not the step's."""
+    done = []
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda: done.append("reset"))
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda: done.append("asked") or 7)
+    answer = peer_child.turn(Prepared(lambda: done.append("run")))
+    assert done == ["reset", "run", "asked"]
+    assert answer["peak_bytes"] == 7
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,18 @@ def test_the_share_of_augmentation_and_the_floor():
     assert verdict["floor_share"] == pytest.approx(0.6)
 
 
+def test_many_calls_of_a_turn_change_no_share_and_no_floor():
+    """As on an accelerator, where a turn is many calls with one wait."""
+    augment = Row("augment", "jaxhisto", DATA, (0.08,) * 3, 8)
+    one = replace(STEP, seconds=(1.0,) * 3)
+    ten = replace(one, images=80, seconds=(10.0,) * 3, flops=60e12, bytes=200e9)
+    longer = replace(augment, images=80, seconds=(0.8,) * 3)
+    found, again = (of(verdicts(record(*rows))) for rows in ((one, augment), (ten, longer)))
+    for key in ("floor_s", "floor_share", "augment_share"):
+        assert again[key] == pytest.approx(found[key]), key
+    assert again["says"] == found["says"]
+
+
 def test_without_figures_there_is_no_verdict():
     assert verdicts(record(replace(STEP, seconds=(), why="out of memory")))["of"] == []
     assert "no verdict" in of(verdicts(record(pipeline((1.0,)))), "pipeline")["says"]
