@@ -29,6 +29,7 @@ class Layer:
       taps: k * k.
       width_in, width: channels before and after.
       first: its input is the image, whose gradient nobody wants.
+      shares: its input is another layer's too (a block's shortcut), which moves it.
     """
 
     side_in: int
@@ -37,6 +38,7 @@ class Layer:
     width_in: int
     width: int
     first: bool = False
+    shares: bool = False
 
     @property
     def flops(self) -> int:
@@ -95,7 +97,7 @@ def _block(model: str, side: int, out: int, width_in: int, width: int) -> Iterat
         yield Layer(side, out, 9, width_in, width)
         yield Layer(out, out, 9, width, width)
     if out != side or width_in != grown:
-        yield Layer(side, out, 1, width_in, grown)
+        yield Layer(side, out, 1, width_in, grown, shares=True)
 
 
 def forward_flops(model: str, tile_px: int, batch: int) -> float:
@@ -133,13 +135,21 @@ def least_bytes(model: str, tile_px: int, batch: int, precision: str) -> float:
     Each convolution's input is read and its output written once; backward, the gradient of its
     output and the kept input are read and the input's gradient is written. BatchNorm, ReLU,
     pooling and addition cost nothing, as if they were part of the convolutions beside them.
-    Tiles are read, views written and read. Weights are read twice, gradients written, and the
-    optimizer reads weights, gradients and momenta and writes weights and momenta, in float32.
+    What a block and its shortcut both read counts once. Tiles are read, views written and read.
+    Weights are read twice, gradients written, and the optimizer reads weights, gradients and
+    momenta and writes weights and momenta, in float32.
     """
     numbers = sum(
-        2 * (layer.inputs + layer.outputs) + (0 if layer.first else layer.inputs)
+        2 * layer.outputs + (0 if layer.shares else (2 if layer.first else 3) * layer.inputs)
         for layer in layers(model, tile_px)
     )
     pixels = COLOURS * tile_px**2
     image = VIEWS * (numbers * ITEM[precision] + 2 * F32 * pixels) + pixels
     return float(batch * image + (2 + 1 + 5) * F32 * parameters(model))
+
+
+def kept_bytes(model: str, tile_px: int, batch: int, precision: str) -> float:
+    """What a step without rematerialisation holds at least when its forward pass is done: the
+    input of each convolution, or what it is made of; nothing else at all."""
+    kept = sum(layer.inputs for layer in layers(model, tile_px) if not layer.shares)
+    return float(VIEWS * batch * kept * ITEM[precision])

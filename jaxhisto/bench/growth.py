@@ -9,13 +9,15 @@ longer than a limit. Each series has a process of its own: what runs out of memo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxhisto.bench import memory
 from jaxhisto.bench.child import OutOfMemory, ask
+from jaxhisto.bench.runner import FAILED, told
 from jaxhisto.console import say
+from jaxhisto.errors import JaxhistoError
 
 BATCHES = tuple(64 << k for k in range(9))
 """64 to 16,384."""
@@ -110,6 +112,8 @@ def measure_growth(
     repeats: int = 3,
     limit_s: float = 30.0,
     env: Mapping[str, str] | None = None,
+    write: Callable[[dict[str, Any]], None] = lambda growth: None,
+    log: str = "",
 ) -> dict[str, Any]:
     """Measures each series and fits it.
 
@@ -117,20 +121,23 @@ def measure_growth(
       series: from `series_of`.
       repeats: turns of a size that count; one before them does not.
       limit_s: longest turn that is run; sizes expected to take longer are recorded as such.
-      env: of the processes that measure.
+      env: of the processes that measure. log: where their tracebacks go.
+      write: takes what is returned, as far as it is measured, after each series.
 
     Returns:
       {"limit_s", "repeats", "series": [{what, axis, point, sizes: entries, fits}]}; an entry is
       as `growth_child.entries` makes it, a fit of `seconds` and of `planned_bytes` as `Fit`.
     """
-    found = []
+    found: list[dict[str, Any]] = []
+    growth = {"limit_s": limit_s, "repeats": repeats, "series": found}
     for one in series:
-        entries = list(measured(one, repeats, limit_s, env))
+        entries = list(measured(one, repeats, limit_s, env, log))
         named = {"what": one.what, "axis": one.axis, "point": others(one), "sizes": entries}
         found.append(named | {"fits": fits_of(entries)})
         for line in lines_of(found[-1]):
             say(line)
-    return {"limit_s": limit_s, "repeats": repeats, "series": found}
+        write(growth)
+    return growth
 
 
 def others(series: Series) -> dict[str, Any]:
@@ -141,21 +148,30 @@ def others(series: Series) -> dict[str, Any]:
 
 
 def measured(
-    series: Series, repeats: int, limit_s: float, env: Mapping[str, str] | None = None
+    series: Series,
+    repeats: int,
+    limit_s: float,
+    env: Mapping[str, str] | None = None,
+    log: str = "",
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a series; the size at which its process ended is out of memory, and what
-    comes after it was not tried."""
-    job = {"what": "growth", "series": asdict(series), "repeats": repeats, "limit_s": limit_s}
+    """The entries of a series; the size at which its process ended is out of memory or failed, and
+    what comes after it was not tried."""
+    job = {"what": "growth", "series": asdict(series), "repeats": repeats, "limit_s": limit_s,
+           "log": log}  # fmt: skip
     done = 0
     try:
         for answer in ask(job, env):
             if "entry" in answer:
                 done += 1
                 yield answer["entry"]
+        return
     except OutOfMemory:
-        for i, size in enumerate(series.sizes[done:]):
-            why = memory.OUT if i == 0 else f"not run: {memory.OUT} at {series.sizes[done]}"
-            yield {"size": size, "x": place(series.axis, size), "why": why}
+        ended = memory.OUT
+    except JaxhistoError as error:
+        ended = FAILED + told(error)
+    for i, size in enumerate(series.sizes[done:]):
+        why = ended if i == 0 else f"not run: {ended.partition(': ')[0]} at {series.sizes[done]}"
+        yield {"size": size, "x": place(series.axis, size), "why": why}
 
 
 def place(axis: str, size: Any) -> float:

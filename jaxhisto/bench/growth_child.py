@@ -13,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxhisto.bench import memory
+from jaxhisto.bench import flops
 from jaxhisto.bench.growth import place
 from jaxhisto.bench.ours import SCHEDULE, Point, pixels
+from jaxhisto.bench.runner import reason
 from jaxhisto.config import MemoryConfig
 from jaxhisto.data.memory import available_bytes
 from jaxhisto.distributed import make_mesh, to_global
@@ -71,10 +72,15 @@ def entries(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     Each is {size, x, planned_bytes, and `seconds`, one a turn, or `why` there are none}.
     """
     series, last = job["series"], (0.0, 0.0)
+    program: Program | None = None  # one at a time is held
     for size in series["sizes"]:
         x = place(series["axis"], size)
-        entry = {"size": size, "x": x}
+        entry: dict[str, Any] = {"size": size, "x": x}
         try:
+            if why := hopeless(series, size):
+                entry["why"] = why
+                yield entry
+                continue
             program = program_of(series, size)
             entry["planned_bytes"] = program.planned_bytes
             why = unfit(program, expected(series, x, last), job["limit_s"])
@@ -84,10 +90,35 @@ def entries(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 entry["seconds"] = program.seconds(job["repeats"], job["limit_s"])
                 last = (x, sorted(entry["seconds"])[len(entry["seconds"]) // 2])
         except Exception as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            entry["why"] = memory.OUT
+            # As of a row: out of memory, or `failed: ` and what it was.
+            entry["why"] = reason(error)
+            error.__traceback__ = None  # its frames hold the arrays that filled the memory
+        program = None
         yield entry
+
+
+def hopeless(series: Mapping[str, Any], size: Any) -> str:
+    """Why a size is not even compiled; empty where it may fit, and on a CPU, whose compiler tries
+    nothing out.
+
+    A GPU's runs each convolution in several ways, for minutes, with arrays that must fit.
+    """
+    if series["what"] != "step":
+        return ""
+    point = point_of(series, size)
+    mesh = make_mesh(point.devices)
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return ""
+    needed = flops.kept_bytes(point.model, point.tile_px, point.batch, point.precision)
+    return lacking(needed / mesh.size, free_bytes(device))
+
+
+def lacking(needed: float, free: int | None) -> str:
+    """That so many bytes are more than those free; empty where they are not, or nobody knows."""
+    if free is None or needed <= free:
+        return ""
+    return f"not run: needs at least {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
 def expected(series: Mapping[str, Any], x: float, last: tuple[float, float]) -> float:
@@ -121,11 +152,16 @@ def free_bytes(device: Any) -> int | None:
 
 def program_of(series: Mapping[str, Any], size: Any) -> Program:
     """The program of a series at a size, compiled from shapes alone."""
-    axis = {"depth": "model"}.get(series["axis"], series["axis"])
-    point = Point(**{**series["point"], axis: size})
+    point = point_of(series, size)
     if series["what"] == "step":
         return step_program(point)
     return loss_program(point.batch, series["what"] == "loss, chunked", point.devices)
+
+
+def point_of(series: Mapping[str, Any], size: Any) -> Point:
+    """The setting at a size."""
+    axis = {"depth": "model"}.get(series["axis"], series["axis"])
+    return Point(**{**series["point"], axis: size})
 
 
 def step_program(point: Point) -> Program:

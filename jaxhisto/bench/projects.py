@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from jaxhisto.bench.cost import Speed
 from jaxhisto.bench.record import Record, read_record, write_record
+from jaxhisto.bench.runner import FAILED
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.config import PretrainConfig
-from jaxhisto.console import say
+from jaxhisto.console import counted, say
 from jaxhisto.errors import RunError
 
 SMALL_SIDE = 32
@@ -25,7 +27,8 @@ def run_growth(config: BenchConfig) -> Path:
       The record's path; `growth` in it is as `growth.measure_growth` gives it.
 
     Raises:
-      RunError: a process that measures ended, and not for want of memory.
+      RunError: the machine could not be looked at; or, when all the rest is measured and written,
+        some sizes failed.
     """
     from jaxhisto.bench import run
     from jaxhisto.bench.growth import BATCHES, MODELS, SIDES, measure_growth, series_of
@@ -51,8 +54,18 @@ def run_growth(config: BenchConfig) -> Path:
     sides = config.tile_px if len(config.tile_px) > 1 else SIDES
     models = config.models if len(config.models) > 1 else MODELS
     series = series_of(point, sizes, sides, models)
-    found = measure_growth(series, config.repeats, config.limit, env)
-    write_record(path, dataclasses.replace(record, more={"growth": found}))
+    log = f"{path}.log"
+    Path(log).unlink(missing_ok=True)
+
+    def write(growth: dict[str, Any]) -> None:
+        write_record(path, dataclasses.replace(record, more={"growth": growth}))
+
+    found = measure_growth(series, config.repeats, config.limit, env, write, log)
+    whys = [entry.get("why", "") for one in found["series"] for entry in one["sizes"]]
+    if failed := sum(why.startswith(FAILED) for why in whys):
+        raise RunError(
+            f"{path}: is written, but {counted(failed, 'size')} failed; {log} shows where."
+        )
     return path
 
 

@@ -99,16 +99,18 @@ COUNTED = f"""## How it is counted
 - **Operations.** A multiply-add is two. Forward and backward are counted from the network's shapes
   (`jaxhisto/bench/flops.py`), taps on the padding included, as torchvision and He et al. count; so
   every implementation is held against the same figure. The views' gradient is not counted, since
-  nobody computes it; the loss's similarities are. Those of augmentation and optimizer are XLA's.
+  nobody computes it; the loss's similarities are. Those of augmentation and optimizer are XLA's
+  where it counts all; it knows none of a library's.
 - **Bytes** are what the compiled program reads and writes after fusion, as XLA counts, operands and
-  results of library calls added: the traffic if caches help nothing. Of `to_device` they are the
-  batch's, of `communication` what the devices send.
+  results of library calls added, their workspaces not: the traffic if caches help nothing. Of
+  `to_device` they are the batch's, of `communication` what the devices send.
 - **Peaks** are measured on the machine in the same run: products of large matrices, and reading and
   writing a large array. Of `f32`, in float32 throughout (no TF32).
 - **Backward** is what the gradient adds: forward and backward in one program less forward alone.
-- **Floor**: no program for this step is quicker on this machine. The longer of its operations at
-  the peak and of the least bytes at the bandwidth: each convolution's input and output once, their
-  gradients once, weights and optimizer, everything else fused away.
+- **Floor**: what the step takes at least, as counted by the definition; forms that need fewer
+  products (Winograd) may pass it. The longer of its operations at the peak and of the least bytes
+  at the bandwidth: each convolution's input and output once, their gradients once, weights and
+  optimizer, everything else fused away.
 - **Verdict**: a step is compute-, memory- or communication-bound by which of three would take the
   largest share of it alone: operations at the peak, bytes at the bandwidth, collectives as they
   were measured. Bytes that a cache holds can make the second more than the whole. Training from a
@@ -166,7 +168,10 @@ def says(record: Record) -> str:
     for verdict in found:
         line = f"- {worded(verdict['settings'])}: {verdict['says']}"
         if verdict.get("floor_s"):
-            line += f"; the floor is {verdict['floor_s']:.3g} s, {verdict['floor_share']:.0%}"
+            line += (
+                f"; the floor of its counted operations is {verdict['floor_s']:.3g} s, "
+                f"{verdict['floor_share']:.0%}"
+            )
         if verdict.get("augment_share"):
             line += f"; augmentation alone is {verdict['augment_share']:.1%} of the step"
         lines.append(f"{line}.")

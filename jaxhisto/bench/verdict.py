@@ -40,7 +40,7 @@ def of_step(step: Row, record: Record) -> dict[str, Any]:
 
     Returns:
       settings, bound, says, shares {"compute", "memory", "communication"}, floor_s (what the
-      network needs at least on this machine, see `floor_of`), floor_share, augment_share.
+      counted operations need at least on this machine, see `floor_of`), floor_share, augment_share.
     """
     settings = {key: step.settings[key] for key in KEYS if key in step.settings}
     shares = dict(shares_of(step, record))
@@ -107,9 +107,11 @@ def peaks_of(row: Row, record: Record) -> tuple[float, float]:
 
 
 def floor_of(step: Row, record: Record) -> float | None:
-    """Seconds that no program for this step can beat on this machine, None where not known.
+    """Seconds that the step's operations, as they are counted, take at least; None: not known.
 
-    The longer of its operations at the peak and of `flops.least_bytes` at the bandwidth.
+    No program that does those products is quicker on this machine. Forms that need fewer of them
+    (Winograd) may pass it. The longer of its operations at the peak and of `flops.least_bytes` at
+    the bandwidth.
     """
     peak, width = peaks_of(step, record)
     if not (peak and width and step.flops):

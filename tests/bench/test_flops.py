@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +101,37 @@ ENTRY %main (a: f32[2,3], b: bf16[4]) -> f32[2,3] {
 def test_library_calls_count_with_what_they_read_and_write():
     assert traffic.array_bytes("(f32[2,3]{1,0}, u8[16]{0})") == 24 + 16
     assert traffic.array_bytes("f32[]") == 4
-    assert traffic.custom_call_bytes(HLO) == (24 + 8) + (24 + 16)
+    assert traffic.custom_call_bytes(HLO) == (24 + 8) + 24  # and no workspace
+    others = HLO.replace("__cudnn$conv", "TopK")  # its second result is one
+    assert traffic.custom_call_bytes(others) == (24 + 8) + (24 + 16)
+
+
+def test_operations_of_which_a_library_hides_some_are_not_told():
+    class Compiled:
+        text = HLO
+
+        def cost_analysis(self):
+            return {"flops": 5.0, "bytes accessed": 10.0}
+
+        def as_text(self):
+            return self.text
+
+    assert traffic.cost(Compiled()) == {"bytes": 10.0 + 56}
+    Compiled.text = "ENTRY %main () -> f32[] {\n}"
+    assert traffic.cost(Compiled()) == {"bytes": 10.0, "flops": 5.0}
+
+
+def test_what_a_block_and_its_shortcut_read_counts_once():
+    first, second, shortcut = flops._block("resnet18", 8, 4, 64, 128)
+    assert shortcut.inputs == first.inputs == 8 * 8 * 64
+    assert (first.shares, second.shares, shortcut.shares) == (False, False, True)
+    with_it = flops.least_bytes("resnet18", 64, 1, "bf16")
+    maps = sum(one.inputs for one in flops.layers("resnet18", 64) if one.shares)
+    assert maps == 16 * 16 * 64 + 8 * 8 * 128 + 4 * 4 * 256
+    twice = [dataclasses.replace(one, shares=False) for one in flops.layers("resnet18", 64)]
+    both = 2 * sum(2 * (one.inputs + one.outputs) + (not one.first) * one.inputs for one in twice)
+    rest = 2 * 2 * flops.F32 * 3 * 64**2 + 3 * 64**2 + 32 * flops.parameters("resnet18")
+    assert with_it == 2 * (both - 2 * 3 * maps) + rest
 
 
 def test_a_products_matrices_are_no_constants_of_the_program(monkeypatch):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxhisto.bench import growth, growth_child, growth_report
+from jaxhisto.bench import flops, growth, growth_child, growth_report
 from jaxhisto.bench.child import OutOfMemory
-from jaxhisto.bench.record import Record, write_record
+from jaxhisto.bench.record import Record, read_record, write_record
 from jaxhisto.bench.report import write_report
+from jaxhisto.errors import RunError
 
+ROOT = Path(__file__).resolve().parents[2]
 POINT = {"model": "resnet10", "tile_px": 32, "batch": 4, "precision": "f32", "devices": 1}
 
 
@@ -80,6 +84,67 @@ def test_a_process_that_runs_out_of_memory_leaves_the_sizes(monkeypatch):
         "not run: out of memory at 128",
     ]
     assert growth.fits_of(entries) == {"seconds": None, "planned_bytes": None}
+
+
+def test_an_error_costs_its_size_alone(monkeypatch):
+    def program_of(series, size):
+        raise RuntimeError(f"INTERNAL: {size}" if size == 32 else "CUDNN_STATUS_ALLOC_FAILED")
+
+    monkeypatch.setattr(growth_child, "program_of", program_of)
+    series = {"what": "loss, dense", "axis": "batch", "sizes": [16, 32], "point": POINT}
+    found = list(growth_child.entries({"series": series, "repeats": 1, "limit_s": 1.0}))
+    assert [entry["why"] for entry in found] == [
+        "out of memory",
+        "failed: RuntimeError: INTERNAL: 32",
+    ]
+
+
+def test_a_process_that_fails_costs_its_series_and_what_was_measured_is_written(monkeypatch):
+    def ask(job, env):
+        yield {"entry": {"size": 64, "x": 64.0, "planned_bytes": 10, "seconds": [1.0]}}
+        if job["series"]["axis"] == "tile_px":
+            raise RunError("the process that measures ended with code 1 (ValueError: x)")
+
+    monkeypatch.setattr(growth, "ask", ask)
+    two = [growth.Series("step", axis, (64, 128), POINT) for axis in ("tile_px", "batch")]
+    written = []
+    found = growth.measure_growth(two, 1, 1.0, None, lambda g: written.append(len(g["series"])))
+    assert written == [1, 2]
+    failed = found["series"][0]["sizes"][1]
+    assert failed["why"].startswith("failed: the process that measures ended with code 1")
+
+
+def test_what_cannot_fit_is_not_compiled(monkeypatch):
+    """16,384 images of 224 px in bf16: more than 200 GB of maps alone."""
+    device = type("Device", (), {"platform": "gpu"})()
+    mesh = type("Mesh", (), {"local_devices": [device], "size": 1})()
+    monkeypatch.setattr(growth_child, "make_mesh", lambda devices: mesh)
+    monkeypatch.setattr(growth_child, "free_bytes", lambda device: 80e9)
+    monkeypatch.setattr(growth_child, "program_of", lambda *a: pytest.fail("it was compiled"))
+    at = POINT | {"model": "resnet18", "tile_px": 224, "precision": "bf16"}
+    series = {"what": "step", "axis": "batch", "sizes": [16384], "point": at}
+    (found,) = growth_child.entries({"series": series, "repeats": 1, "limit_s": 1.0})
+    assert re.fullmatch(r"not run: needs at least 1\d\d GB, 80 GB are free", found["why"]), found
+    assert growth_child.hopeless(series, 64) == ""
+
+
+def test_what_a_step_must_keep_is_less_than_what_the_compiler_plans():
+    """Of the committed record, at every size; where maps are most of it, at least a tenth."""
+    record = read_record(
+        ROOT / "benchmarks" / "records" / "bench-growth-resnet10-cpu-2026-11-25.json"
+    )
+    checked = 0
+    for series in record.more["growth"]["series"]:
+        for entry in series["sizes"]:
+            if series["what"] != "step" or "planned_bytes" not in entry:
+                continue
+            moving = {"depth": "model"}.get(series["axis"], series["axis"])
+            at = series["point"] | {moving: entry["size"]}
+            kept = flops.kept_bytes(at["model"], at["tile_px"], at["batch"], at["precision"])
+            assert kept < entry["planned_bytes"], at
+            assert kept > 0.1 * entry["planned_bytes"] or at["batch"] * at["tile_px"] ** 2 < 1e6, at
+            checked += 1
+    assert checked > 8
 
 
 def test_what_stays_the_same_along_a_series():
