@@ -40,8 +40,7 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
     """
     command = [sys.executable, "-m", "jaxhisto.bench.point"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        # JAX would otherwise take three quarters of a GPU that a peer shares.
-        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, **(env or {})}
+        own = {**room(os.environ), **os.environ, **(env or {})}
         process = subprocess.Popen(
             command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
         )
@@ -64,6 +63,18 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
             text = said.read()
             log = keep(job.get("log", ""), text, process.returncode)
         end(process.returncode, text, log)
+
+
+def room(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which JAX takes of a GPU what it needs, up to nearly all, and not at once.
+
+    It would otherwise hold three quarters, and no more, of a GPU that a peer shares. jaxlib refuses
+    the new name of the share beside its old one.
+    """
+    found = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environ):
+        found["XLA_CLIENT_MEM_FRACTION"] = "0.92"
+    return found
 
 
 def raised(answer: Mapping[str, str]) -> JaxhistoError:

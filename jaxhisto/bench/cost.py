@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxhisto.bench import flops
 from jaxhisto.bench.child import OutOfMemory, ask
-from jaxhisto.bench.record import OURS, Record, Row, row_from_json
+from jaxhisto.bench.record import GIVEN, OURS, Record, Row, row_from_json
 from jaxhisto.config import DataConfig, PretrainConfig
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.flags import config_file
@@ -208,6 +208,7 @@ def speeds_of(record: Record, config: PretrainConfig) -> list[Speed]:
     found: dict[str, Row] = {}
     for row in record.rows:
         usable = row.stage in ("step", "pipeline") and row.seconds and row.images
+        usable = usable and row.settings.get("beside") != GIVEN  # a part of a step
         if usable and (row.who not in found or away(row) < away(found[row.who])):
             found[row.who] = row
     if OURS not in found:

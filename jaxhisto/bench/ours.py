@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxhisto.bench import flops, traffic
-from jaxhisto.bench.record import OURS, Row
+from jaxhisto.bench.record import GIVEN, OURS, Row
 from jaxhisto.bench.runner import Runner, Seconds
 from jaxhisto.config import ModelConfig, OptimConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh, to_global
@@ -269,7 +269,7 @@ class Setup:
             jax.block_until_ready((state, loss))
 
         made = self._made("step", run, compiled, flops.step_flops)
-        return replace(made, settings={**made.settings, "beside": "given views"})
+        return replace(made, settings={**made.settings, "beside": GIVEN})
 
     def _compile(self) -> Row:
         """Seconds to trace and compile the step: the first time, and again from the cache on disk,

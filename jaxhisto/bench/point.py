@@ -12,14 +12,15 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxhisto.bench import memory
-from jaxhisto.bench.record import OF_DATA, OF_MODEL, OURS, Row, row_to_json
+from jaxhisto.bench.record import GIVEN, OF_DATA, OF_MODEL, OURS, Row, row_to_json
 from jaxhisto.bench.runner import Runner, attempt, measure
 from jaxhisto.errors import JaxhistoError
 
@@ -81,20 +82,64 @@ def rows_of(job: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Row]
         yield from (Row(stage, OURS, settings, why=setup) for stage in stages)
         return
     with closing(Source(job)) as source:
-        for stage in stages:
+        for stage in parts_of(stages, job.get("peers", ())):
             say(f"{stage} ...")
             yield from measured(stage, setup, source, job, say)
+
+
+def parts_of(stages: Sequence[str], peers: Sequence[str]) -> list[str]:
+    """The stages, and after the step that on given views, if a peer takes it.
+
+    There both sides do the same: on a GPU without kornia, a peer's own views are made image by
+    image, and a ratio of whole steps is one of that.
+    """
+    from jaxhisto.bench.peers import peers_of
+
+    found = list(stages)
+    if "step" in found and set(peers_of("step")) & set(peers):
+        found.insert(found.index("step") + 1, GIVEN)
+    return found
 
 
 def measured(
     stage: str, setup: Any, source: Source, job: Mapping[str, Any], say: Callable[[str], None]
 ) -> Iterator[Row]:
-    """The rows of a stage. What its runners hold is freed before the next stage's are prepared."""
-    runners = prepared(stage, setup, source, job)
-    yield from measure(runners, job["repeats"], say)
+    """The rows of a stage. What its runners hold is freed before the next stage's are prepared.
+
+    Memory may be out for what others hold that take turns: ours is then measured again alone.
+    """
+    makes = ours_of(stage, setup, source, job)
+    runners = prepared(stage, makes, source, job)
+    rows = measure(runners, job["repeats"], say)
     for runner in runners:
         if isinstance(runner, Runner):
             runner.close()
+    del runners
+    beside = [row for row in rows if row.who != OURS and row.peak_bytes]
+    for i, row in enumerate(rows):
+        if row.why not in (memory.OUT, memory.NO_ALGORITHM):
+            yield row
+        elif row.who == OURS and beside:
+            name, settings, make = makes[i]
+            say(f"{row.stage}: {row.why} beside {named(beside)}; alone ...")
+            settings = {**settings, "alone": True}
+            yield from measure([again(make, name, settings)], job["repeats"], say)
+        elif row.who == OURS:
+            yield row
+        else:
+            held = [*(one for one in rows if one.who == OURS and one.peak_bytes), *beside]
+            yield replace(row, why=f"{row.why}, beside {named(held)}" if held else row.why)
+
+
+def again(make: Callable[[], Any], stage: str, settings: Mapping[str, Any]) -> Runner | Row:
+    """What ran out of memory, made once more with settings that say so."""
+    made = attempt(make, stage, OURS, settings)
+    return replace(made, settings={**made.settings, **settings})
+
+
+def named(rows: Sequence[Row]) -> str:
+    """`pytorch (holding 31 GB)`."""
+    return " and ".join(f"{row.who} (holding {(row.peak_bytes or 0) / 1e9:.0f} GB)" for row in rows)
 
 
 def attempt_setup(make: Callable[[], Any], settings: Mapping[str, Any]) -> Any:
@@ -147,25 +192,38 @@ class Source:
         return self._jpegs
 
 
-def prepared(stage: str, setup: Any, source: Source, job: Mapping[str, Any]) -> list[Runner | Row]:
-    """The runners of a stage that take turns: ours, then the peers.
+Make = tuple[str, Mapping[str, Any], Callable[[], Any]]
+
+
+def prepared(
+    stage: str, makes: Sequence[Make], source: Source, job: Mapping[str, Any]
+) -> list[Runner | Row]:
+    """The runners of a stage that take turns: ours, then the peers."""
+    found = [attempt(make, name, OURS, of) for name, of, make in makes]
+    return [*found, *peers_of(stage, found[-1].settings, source, job)]
+
+
+def ours_of(stage: str, setup: Any, source: Source, job: Mapping[str, Any]) -> list[Make]:
+    """The stage of a row, its settings, and what makes its runner, for each of ours.
 
     `pipeline` has one for each cache, and the step on tiles that are there: whether the input
     costs anything is seen beside it, not minutes later.
     """
     settings = setup.settings
     if stage == "read":
-        makes = [(settings, partial(reading, setup, source, job))]
-    elif stage == "pipeline":
-        setup.drop_views()
-        beside = settings | {"beside": "pipeline"}
-        makes = [(beside, partial(beside_step, setup, job))]
-        for cache in job["cache"]:
-            makes.append((settings | {"cache": cache}, partial(piped, setup, source, cache, job)))
-    else:
-        makes = [(settings, partial(setup.runner, stage))]
-    found = [attempt(make, "step" if "beside" in of else stage, OURS, of) for of, make in makes]
-    return [*found, *peers_of(stage, found[-1].settings, source, job)]
+        return [(stage, settings, partial(reading, setup, source, job))]
+    if stage == GIVEN:
+        return [("step", settings | {"beside": GIVEN}, partial(setup.runner, "given"))]
+    if stage != "pipeline":
+        return [(stage, settings, partial(setup.runner, stage))]
+    setup.drop_views()
+    makes: list[Make] = [
+        ("step", settings | {"beside": "pipeline"}, partial(beside_step, setup, job))
+    ]
+    for cache in job["cache"]:
+        of = settings | {"cache": cache}
+        makes.append((stage, of, partial(piped, setup, source, cache, job)))
+    return makes
 
 
 def reading(setup: Any, source: Source, job: Mapping[str, Any]) -> Any:
@@ -195,12 +253,15 @@ def peers_of(
     """The peers asked for that have this stage, prepared for the same setting."""
     from jaxhisto.bench import peers
 
+    given, stage = stage == GIVEN, "step" if stage == GIVEN else stage
     wanted = [who for who in peers.peers_of(stage) if who in job.get("peers", ())]
     if not wanted:
         return
     import jax
 
     more: dict[str, Any] = {"platform": jax.default_backend()}
+    if given:
+        more |= {"augment": False}
     if stage in ("read", "pipeline"):
         more |= {"cache": "none", "images": settings["batch"] * job["steps"]}
 

@@ -23,11 +23,13 @@ OF_DATA = ("read", "to_device", "augment")
 OF_MODEL = ("optimizer", "forward", "backward", "communication", "step", "pipeline")
 """Those that do, by the memory they take: on an accelerator a peak is that of all before, too."""
 OURS = "jaxhisto"
+GIVEN = "given views"
+"""`beside` of a step without augmentation, on either side: the ratio of networks and optimizers."""
 VIEWS = 2
 BOUND = 0.25
 """Spread (slowest over fastest, less 1) above which a row concludes nothing: on a machine where
 a repeat takes a quarter longer than another, a median of five is no figure to compare by."""
-LEAST = 3
+FEWEST = 3
 """Turns that it takes to know a spread."""
 
 
@@ -110,8 +112,8 @@ def doubt_of(seconds: Sequence[float]) -> str:
     """What stands against turns of these lengths; empty where nothing does."""
     if seconds and min(seconds) <= 0:
         return "has a turn that took no time"
-    if len(seconds) < LEAST:
-        return f"has {len(seconds)} of the {LEAST} turns that a spread needs"
+    if len(seconds) < FEWEST:
+        return f"has {len(seconds)} of the {FEWEST} turns that a spread needs"
     spread = spread_of(seconds)
     return f"spreads by {spread:.0%}" if spread > BOUND else ""
 

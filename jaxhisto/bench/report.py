@@ -12,7 +12,8 @@ from jaxhisto.bench import cost as cost_to_train
 from jaxhisto.bench import growth_report
 from jaxhisto.bench.record import (
     BOUND,
-    LEAST,
+    FEWEST,
+    GIVEN,
     OF_DATA,
     OF_MODEL,
     OURS,
@@ -90,7 +91,7 @@ over fastest, less 1.
 
 COUNTED = f"""## How it is counted
 
-- **Spread.** A row whose turns spread by more than {BOUND:.0%}, or that has fewer than {LEAST}, is
+- **Spread.** A row whose turns spread by more than {BOUND:.0%}, or that has fewer than {FEWEST}, is
   *inconclusive*: nothing should be concluded from it.
 - **Seconds** are those of one call. On an accelerator a turn is many, with one wait at their end,
   ours and the peers' alike: a single one is short, and part of it its launch.
@@ -107,6 +108,10 @@ COUNTED = f"""## How it is counted
 - **Peaks** are measured on the machine in the same run: products of large matrices, and reading and
   writing a large array. Of `f32`, in float32 throughout (no TF32).
 - **Backward** is what the gradient adds: forward and backward in one program less forward alone.
+- **Step, given views**: without augmentation on either side: the ratio of two trainings to quote.
+  In that of whole steps is how a peer makes its views, torchvision on a GPU image by image.
+- **Alone**: where memory is out beside the others that take turns, ours is measured again without
+  them; a peer's row says what was held beside it.
 - **Floor**: what the step takes at least, as counted by the definition; forms that need fewer
   products (Winograd) may pass it. The longer of its operations at the peak and of the least bytes
   at the bandwidth: each convolution's input and output once, their gradients once, weights and
@@ -212,7 +217,7 @@ def points(record: Record) -> list[dict[str, Any]]:
 def of_point(record: Record, point: dict[str, Any]) -> Iterator[Row]:
     """The rows of a point, by stage; those of the data belong to every encoder."""
     for row in sorted(record.rows, key=lambda row: STAGES.index(row.stage)):
-        if row.stage not in OF_A_POINT or "beside" in row.settings:
+        if row.stage not in OF_A_POINT or row.settings.get("beside", GIVEN) != GIVEN:
             continue
         names = ("tile_px", "batch", "threads") if row.stage == "read" else KEYS
         shared = [n for n in names if n in row.settings and n in point]
@@ -222,8 +227,9 @@ def of_point(record: Record, point: dict[str, Any]) -> Iterator[Row]:
 
 def cells(row: Row, record: Record) -> list[str]:
     """A row of a table."""
+    stage = row.stage if "beside" not in row.settings else f"{row.stage}, {row.settings['beside']}"
     if row.why:
-        return [row.stage, row.who, row.why, *[""] * 11]
+        return [stage, row.who, row.why, *[""] * 11]
     peak, width = peaks_of(row, record)
     moves_memory = row.stage not in ("to_device", "communication")
     products = row.stage in ("forward", "backward", "step")
@@ -235,7 +241,7 @@ def cells(row: Row, record: Record) -> list[str]:
     speed = count / row.median if count and row.median > 0 else None
     rate = row.bytes / row.median if row.bytes and row.median > 0 else None
     return [
-        row.stage,
+        stage,
         row.who,
         number(row.images_per_s),
         number(row.views_per_s),
@@ -264,7 +270,8 @@ def ours_of(row: Row, record: Record) -> Row | None:
     """Of a peer: our row at its setting, where it has a figure."""
     if row.who == OURS:
         return None
-    ours = find(record.rows, row.stage, OURS, beside=None, **same(row.settings, (*KEYS, "cache")))
+    beside = row.settings.get("beside")
+    ours = find(record.rows, row.stage, OURS, beside=beside, **same(row.settings, (*KEYS, "cache")))
     return ours if ours and ours.seconds else None
 
 
@@ -276,14 +283,23 @@ def against(row: Row, ours: Row | None, speed: str = "images_per_s") -> str:
     if not math.isfinite(ratio):
         return ""
     sure = speed != "images_per_s" or (ours.conclusive and row.conclusive)
-    return f"{ratio:.2f}" + ("" if sure else ", inconclusive")
+    return f"{ratio:.2f}" + ("" if sure else ", inconclusive") + one_by_one(row)
+
+
+def one_by_one(row: Row) -> str:
+    """That a peer made its views on a GPU image by image, as torchvision does."""
+    peer = row.settings.get("peer", {})
+    form = str(peer.get("augmentation", {}).get("form", ""))
+    if form.startswith("torchvision") and peer.get("device", "cpu") != "cpu":
+        return ", its views image by image (kornia missing or slower)"
+    return ""
 
 
 def pipelines(record: Record) -> str:
     """Training from a store, by cache."""
     rows = []
     for row in record.rows:
-        beside = row.stage == "step" and "beside" in row.settings
+        beside = row.stage == "step" and row.settings.get("beside") == "pipeline"
         if row.stage != "pipeline" and not beside:
             continue
         name = "tiles that are there" if beside else f"cache {row.settings.get('cache')}"
