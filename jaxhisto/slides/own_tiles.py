@@ -292,7 +292,8 @@ def _codec(file: tifffile.TiffFile, page: Any) -> Codec | None:
     with contextlib.suppress(ValueError):
         if page.compression == JPEG:
             # A JPEG without image: what lies between its start and its end.
-            return Jpeg(page.photometric == RGB, bytes(page.jpegtables or b"")[2:-2])
+            tables = bytes(page.jpegtables or b"")[2:-2]
+            return Jpeg(page.photometric == RGB, tables, page.tilewidth, page.tilelength)
         if page.compression == APERIO_RGB:
             first = _read(file, page.dataoffsets[0], page.databytecounts[0])
             return Jpeg2000(first, page.tilewidth, page.tilelength)
@@ -303,6 +304,8 @@ def _read(file: tifffile.TiffFile, offset: int, count: int) -> bytes:
     """The bytes of one tile; ValueError where the file does not hold them all."""
     if not count:
         raise ValueError("no bytes of a tile")
+    if offset + count > file.filehandle.size:  # to read it makes room for it first
+        raise ValueError("the file is cut off")
     file.filehandle.seek(offset)
     data: bytes = file.filehandle.read(count)
     if len(data) < count:

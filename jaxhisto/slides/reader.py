@@ -11,7 +11,7 @@ the edge). A tile with any such pixel is refused as `transparent`, one that cann
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,12 +26,8 @@ from PIL import Image
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.own_tiles import OwnTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
-from jaxhisto.slides.tiff_reader import (
-    TIFF_STARTS,
-    TiffHandle,
-    TiffRegionError,
-    refuse_unfit,
-)
+from jaxhisto.slides.tiff_reader import TIFF_STARTS, TiffHandle, TiffRegionError, alike
+from jaxhisto.slides.unfit import VENDORS, refuse_unfit
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -120,6 +116,9 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+        self._levels: Sequence[int] = range(len(self.downsamples))
+        if self._handle.properties.get("openslide.vendor") == "generic-tiff":
+            self._leave_out_labels()
         self._own: OwnTiles | None = None
 
     def __enter__(self) -> Slide:
@@ -156,7 +155,8 @@ class Slide:
         """
         if mpp is None:
             return Scale(0, self.mpp, tile_px, tile_px)
-        fits = [i for i, d in enumerate(self.downsamples) if self.mpp * d <= mpp * (1 + SAME_MPP)]
+        most = mpp * (1 + SAME_MPP)
+        fits = [i for i in self._levels if self.mpp * self.downsamples[i] <= most]
         if not fits:
             raise SlideError(
                 f"{self.path}: has {self.mpp:.4g} um/px at best ({self.mpp_source}), coarser than "
@@ -213,7 +213,7 @@ class Slide:
           SlideError: it would not fit in `MOST_OVERVIEW`; nothing is allocated before.
         """
         level = min(
-            range(len(self.downsamples)),
+            self._levels,
             key=lambda i: abs(math.log(self.downsamples[i] / max(downsample, 1.0))),
         )
         factor = max(1, round(downsample / self.downsamples[level]))
@@ -260,6 +260,16 @@ class Slide:
         if pixels.shape[2] == 4:
             return pixels
         return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA), np.uint8)
+
+    def _leave_out_labels(self) -> None:
+        """To OpenSlide, all that calls itself reduced is a level of a generic TIFF."""
+        sizes = self._level_sizes
+        self._levels = [i for i in self._levels if alike(sizes[0], sizes[i])]
+        self.notes += tuple(
+            f"{w} x {h} px of it have another shape than the slide, and are not read as a level"
+            for i, (w, h) in enumerate(sizes)
+            if i not in self._levels
+        )
 
     def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
         """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
@@ -345,7 +355,7 @@ def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
     if OME in handle.properties.get("openslide.comment", ""):
         handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
         return TiffHandle(path)
-    if handle.properties.get("openslide.vendor") == "generic-tiff":
+    if handle.properties.get("openslide.vendor") in VENDORS:
         try:
             refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
         except SlideError:

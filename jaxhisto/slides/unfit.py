@@ -1,0 +1,45 @@
+"""TIFFs that OpenSlide would read, but as other pixels than they are meant to be, or for hours."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import tifffile
+
+from jaxhisto.errors import SlideError
+from jaxhisto.slides.tiff_reader import MOST_SEGMENT, RGB, RGB8, YCBCR, too_large
+
+VENDORS = ("generic-tiff", "aperio")  # whose first page is the finest level
+PALETTE, PHOTOMETRIC = 3, 262  # a photometric interpretation, and their tag
+
+
+def refuse_unfit(path: Path) -> None:
+    """SlideError where the first page is not RGB (grey, CMYK, Lab), has more than 8 bits, is larger
+    than its tiles, or has tiles that no memory would hold.
+
+    No word on what else it is: a file that tifffile cannot read is passed, OpenSlide could.
+    """
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages.first
+            bits, kind, there = page.bitspersample, page.photometric, len(page.dataoffsets)
+            told = PHOTOMETRIC in page.tags or page.samplesperpixel < 3
+            size = int(page.imagewidth), int(page.imagelength)
+            piece = page.tile[::-1] if page.tile else size
+            across, down = (-(-a // b) for a, b in zip(size, piece, strict=True))
+    except Exception:  # fed with damaged tags, tifffile raises nearly anything
+        return
+    if bits > 8 or (told and kind not in (RGB, PALETTE, YCBCR)):
+        found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
+        raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
+    if (whole := 4 * math.prod(piece)) > MOST_SEGMENT:
+        raise SlideError(too_large(path, size, tifffile.enumstr(page.compression), whole))
+    if across * down > there:  # each would be tried, and found missing, for hours
+        raise SlideError(
+            f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "
+            f"{there}; the file is damaged or cut off: copy it again, or leave it out"
+        )
