@@ -61,6 +61,7 @@ class JpegHeader:
       bits, height, width, components: of its frame; components of `bits` bits.
       jfif: it has a JFIF header, which says YCbCr.
       adobe: the transform of its Adobe header, 0 for RGB; None without one.
+      size: bytes up to the first scan's marker, that included.
     """
 
     bits: int
@@ -69,6 +70,7 @@ class JpegHeader:
     components: int
     jfif: bool
     adobe: int | None
+    size: int
 
 
 class Jpeg:
@@ -89,6 +91,7 @@ class Jpeg:
         self.kind = f"{'RGB' if rgb else 'YCbCr'} in JPEG"
         self._rgb, self._tables = rgb, tables
         self._frame = (8, height, width, 3)
+        self._passed = b""  # the header of the last tile that was taken: most tiles have the same
 
     def decode(self, data: bytes) -> Pixels:
         """(h, w, 3) RGB; ValueError where libjpeg has as much as a warning."""
@@ -101,16 +104,21 @@ class Jpeg:
         ValueError where it is no tile of this level: OpenSlide refuses other components, and
         takes the colours to be what the TIFF says, where libjpeg goes by the tile's own headers.
         """
+        if not self._passed or not data.startswith(self._passed):
+            self._check(data)
+        if self._rgb or not _is_jfif(data, 2):
+            return b"".join((SOI, ADOBE_RGB if self._rgb else JFIF, self._tables, data[2:]))
+        end = 4 + int.from_bytes(data[4:6], "big")
+        return b"".join((data[:end], self._tables, data[end:]))
+
+    def _check(self, data: bytes) -> None:
         header = jpeg_header(data)
         # A decoder makes room for what the frame states, which in a damaged tile is any number.
         if (header.bits, header.height, header.width, header.components) != self._frame:
             raise ValueError("not three components of the tile's size")
         if self._rgb and (header.jfif or header.adobe):
             raise ValueError("RGB with a header that makes YCbCr of it")
-        if self._rgb or not _is_jfif(data, 2):
-            return b"".join((SOI, ADOBE_RGB if self._rgb else JFIF, self._tables, data[2:]))
-        end = 4 + int.from_bytes(data[4:6], "big")
-        return b"".join((data[:end], self._tables, data[end:]))
+        self._passed = data[: header.size]
 
 
 def jpeg_header(data: bytes) -> JpegHeader:
@@ -139,7 +147,7 @@ def jpeg_header(data: bytes) -> JpegHeader:
     if not frame:
         raise ValueError("a JPEG without a frame")
     bits, height, width, components = frame
-    return JpegHeader(bits, height, width, components, jfif, adobe)
+    return JpegHeader(bits, height, width, components, jfif, adobe, at + 2)
 
 
 def _is_jfif(data: bytes, at: int) -> bool:
