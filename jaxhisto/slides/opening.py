@@ -7,8 +7,8 @@ from pathlib import Path
 import openslide
 
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.tiff_reader import TIFF_STARTS, TiffHandle
-from jaxhisto.slides.unfit import VENDORS, refuse_unfit
+from jaxhisto.slides.tiff_reader import BIGTIFF_STARTS, TIFF_STARTS, TiffHandle
+from jaxhisto.slides.unfit import VENDORS, refuse_endless, refuse_unfit
 
 OME = "<OME "  # in the description of an OME-TIFF
 UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
@@ -34,6 +34,8 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
             raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
         with path.open("rb") as file:  # OpenSlide does not tell a file that it may not read
             start = file.read(4)
+        if start in BIGTIFF_STARTS:
+            refuse_endless(path)
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         if start in TIFF_STARTS:

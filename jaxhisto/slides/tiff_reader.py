@@ -29,7 +29,8 @@ from jaxhisto.slides.tile_codecs import is_rgb, jpeg2000_size, jpeg_header
 
 Pixels = NDArray[np.uint8]
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF, either byte order
+BIGTIFF_STARTS = (b"II+\0", b"MM\0+")  # in either byte order
+TIFF_STARTS = (b"II*\0", b"MM\0*", *BIGTIFF_STARTS)
 MOST_SEGMENT = 512 << 20  # bytes of one decoded tile or strip; 13,000 px squared in one strip
 CACHE = 256 << 20  # bytes of decoded tiles and strips kept: a row of 2048-px blocks 40,000 px wide
 ROUNDED = 2  # px that a level's sides may be off, since writers round as they like

@@ -13,7 +13,28 @@ from jaxhisto.errors import SlideError
 from jaxhisto.slides.tiff_reader import MOST_SEGMENT, RGB, RGB8, YCBCR, too_large
 
 VENDORS = ("generic-tiff", "aperio")  # whose first page is the finest level
+TIFF_MOST = 1 << 32  # bytes of a tile that a TIFF which is no BigTIFF can state
 PALETTE, PHOTOMETRIC = 3, 262  # a photometric interpretation, and their tag
+
+
+def refuse_endless(path: Path) -> None:
+    """SlideError where a BigTIFF states a tile of more bytes than it has, beyond what a TIFF can.
+
+    OpenSlide asks for that memory, and ends the process where there is none.
+    """
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    try:
+        with tifffile.TiffFile(path) as file:
+            pages: Any = file.pages
+            counts = [max(page.databytecounts, default=0) for page in pages if page.is_tiled]
+            size = int(file.filehandle.size)
+    except Exception:  # fed with damaged tags, tifffile raises nearly anything
+        return
+    if (most := max(counts, default=0)) > max(size, TIFF_MOST):
+        raise SlideError(
+            f"{path}: states a tile of {most:,} bytes and has {size:,}; the file is damaged: copy "
+            "it again, or leave it out"
+        )
 
 
 def refuse_unfit(path: Path) -> None:

@@ -66,6 +66,25 @@ def test_long_and_narrow_levels_are_levels(tmp_path):
         assert slide.scale(10, 100.0).level == 3
 
 
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_tile_of_more_bytes_than_memory_ends_no_process(tmp_path, level):
+    """GLib aborts where OpenSlide asks it for so much: at the read, or at the opening."""
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for i in range(2):
+            tiff.write(
+                painted(256 >> i, 256 >> i, (180, 100, 170)), photometric="rgb", tile=(64, 64),
+                compression="jpeg", subfiletype=int(i > 0), metadata=None,
+            )  # fmt: skip
+    with Slide(path, GIVEN) as slide:
+        slide.read(64, 64, 64, slide.scale(64, None))
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tag = tiff.pages[level].tags["TileByteCounts"]
+        tag.overwrite([tag.value[0], 1 << 63, *tag.value[2:]], dtype=16)
+    with pytest.raises(SlideError, match=r"a\.tif: states a tile of 9,223,372,036,854,775,808 byt"):
+        Slide(path, GIVEN)
+
+
 def coded(transformed: bool) -> bytes:
     return imagecodecs.jpeg2k_encode(RGB, codecformat="j2k", mct=transformed, reversible=True)
 
