@@ -319,6 +319,8 @@ def _level(path: Path, page: Any) -> _Level:
         piece = int(page.tilewidth), int(page.tilelength)
     else:
         piece = width, RAW_ROWS if raw else min(int(page.rowsperstrip), height)
+    if min(width, height, *piece) < 1:
+        raise SlideError(_damaged(path, "an image without pixels"))
     level = _Level(page, width, height, *piece, planes, bool(raw))
     kind = tifffile.enumstr(page.compression)
     if page.compression != NONE:

@@ -55,10 +55,12 @@ def refuse_unfit(path: Path) -> None:
     except Exception:  # fed with damaged tags, tifffile raises nearly anything
         return
     if bits > 8 or (told and kind not in (RGB, PALETTE, YCBCR)):
-        found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
+        # Of a number that has no name, tifffile.enumstr makes an error.
+        found = f"{bits}-bit {getattr(kind, 'name', f'photometric {kind}')} pixels"
         raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
     if (whole := 4 * math.prod(piece)) > MOST_SEGMENT:
-        raise SlideError(too_large(path, size, tifffile.enumstr(page.compression), whole))
+        packing = getattr(page.compression, "name", f"compression {page.compression}")
+        raise SlideError(too_large(path, size, packing, whole))
     if across * down > there:  # each would be tried, and found missing, for hours
         raise SlideError(
             f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "

@@ -40,6 +40,23 @@ def test_other_pixels_are_refused_of_whichever_maker(tmp_path, description, foun
         Slide(path, GIVEN)
 
 
+@pytest.mark.parametrize(
+    ("tile", "tag", "value", "said"),
+    [
+        ((64, 64), "PhotometricInterpretation", 99, "holds 8-bit photometric 99 pixels; save"),
+        (None, "ImageLength", 0, "an image without pixels"),
+        (None, "ImageWidth", 0, "an image without pixels"),
+    ],
+)
+def test_damaged_tags_are_one_sentence(tmp_path, tile, tag, value, said):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, RGB, photometric="rgb", tile=tile, compression="zlib", metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags[tag].overwrite(value)
+    with pytest.raises(SlideError, match=rf"a\.tif: .*{said}"):
+        Slide(path, GIVEN)
+
+
 def test_a_tiled_label_is_no_level(tmp_path):
     """OpenSlide lists it as one, and would show the label where the tissue is looked for."""
     image, path = half_tissue(1200, 800), tmp_path / "a.tif"
