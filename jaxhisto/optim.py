@@ -118,8 +118,13 @@ def trust_norms(config: OptimConfig, params: Any, grads: Any, opt_state: Any) ->
         directions,
         decayed(params),
     )
-    norms = [[jnp.sqrt(jnp.sum(x * x)) for x in jax.tree.leaves(t)] for t in (params, grads, whole)]
+    norms = [[_norm(x) for x in jax.tree.leaves(t)] for t in (params, grads, whole)]
     return jnp.stack([jnp.stack(row) for row in norms])
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    # All norms come from here: spelled alike, those of optimizer and metrics are taken once.
+    return jnp.sqrt(jnp.sum(x * x))
 
 
 def _adam_directions(state: optax.ScaleByAdamState) -> Any:
@@ -136,18 +141,47 @@ def _adam_directions(state: optax.ScaleByAdamState) -> Any:
 def _lars(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # The rate multiplies before the momentum buffer, as in google-research/simclr; the form
     # with the rate outside it is another optimizer as soon as the rate changes.
-    return optax.lars(
-        schedule,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decayed,
-        trust_coefficient=config.trust_coefficient,
-        trust_ratio_mask=decayed,
-        momentum=config.momentum,
+    return optax.chain(
+        optax.masked(_adapt(config.trust_coefficient, config.weight_decay), decayed),
+        # optax.lars decays first and then adapts; with its state, its checkpoints can be read.
+        optax.masked(optax.identity(), decayed),
+        optax.scale_by_learning_rate(schedule),
+        optax.trace(config.momentum),
     )
 
 
 def _lamb(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.lamb(schedule, **LAMB, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(  # as optax.lamb
+        optax.scale_by_adam(**LAMB),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        _adapt(1.0),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _adapt(coefficient: float, decay: float = 0.0) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights(decay)`, then `optax.scale_by_trust_ratio(coefficient)`.
+
+    Equal to them within rounding, without their temporaries. optax's norm is made to be
+    differentiated at 0: it takes every norm twice, the second time of a copy. And the sum of
+    gradient and decay would be kept between its norm and its use; here its parts are scaled.
+    """
+
+    def adapted(update: jax.Array, param: jax.Array) -> jax.Array:
+        ratio = _trust_ratio(coefficient, param, update + decay * param if decay else update)
+        return ratio * update + (ratio * decay) * param if decay else ratio * update
+
+    def apply(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(adapted, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), apply)
+
+
+def _trust_ratio(coefficient: float, param: jax.Array, update: jax.Array) -> jax.Array:
+    """() float32; 1 where a norm is zero, or what is zero would stay so."""
+    of_param, of_update = _norm(param), _norm(update)
+    still = (of_param == 0) | (of_update == 0)
+    return jnp.where(still, jnp.ones_like(of_param), coefficient * of_param / of_update)
 
 
 def _adam(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -154,3 +154,39 @@ def test_a_misnamed_parameter_is_refused(params: Tree) -> None:
     params["conv"]["bias"] = np.ones((2, 2), np.float32)
     with pytest.raises(ConfigError, match=r"bn\.gain, conv\.bias"):
         decayed(params)
+
+
+@pytest.mark.parametrize(("name", "decay"), [("lars", 0.0), ("lars", 0.05), ("lamb", 0.05)])
+def test_updates_and_state_are_optaxs(params: Tree, name: str, decay: float) -> None:
+    config = OptimConfig(name=name, rate=0.3, weight_decay=decay)
+    params["still"] = {"kernel": np.zeros((3, 2), np.float32)}
+    ours, schedule = build_optimizer(config, 512, STEPS, EPOCH)
+    theirs = {
+        "lars": optax.lars(schedule, decay, decayed, 0.001, trust_ratio_mask=decayed),
+        "lamb": optax.lamb(schedule, eps=1e-6, weight_decay=decay, mask=decayed),
+    }[name]
+    state, expected = ours.init(params), theirs.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        for grads, _ in zip(gradients(params), range(3), strict=False):
+            updates, state = ours.update(grads, state, params)
+            wanted, expected = theirs.update(grads, expected, params)
+            # A checkpoint of optax's own is read as ours.
+            assert jax.tree.structure(state) == jax.tree.structure(expected)
+            for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(leaf, other, rtol=2e-6, atol=1e-9)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 3e-6, 1e-9), updates, wanted)
+            params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="how XLA compiles for a CPU")
+def test_lars_keeps_no_copies_of_the_weights() -> None:
+    # optax.lars keeps three: gradient and decay, and what its norms are differentiable for
+    params = {f"{i}": {"kernel": np.ones((256, 512), np.float32)} for i in range(6)}
+    tx, _ = build_optimizer(OptimConfig(), 512, STEPS, EPOCH)
+
+    def update(params: Tree, state: optax.OptState, grads: Tree) -> tuple[Tree, optax.OptState]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, tx.init(params), params)
+    assert compiled.compile().memory_analysis().temp_size_in_bytes < 2 * 256 * 512 * 4

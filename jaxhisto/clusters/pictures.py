@@ -111,6 +111,9 @@ class Pictures:
             rgb = slide.read(int(x), int(y), side, scale)
         except RegionError:
             return Picture(None, None)
+        except SlideError as error:
+            self._give_up(self._features.slides[row], error)
+            return Picture(None, None)
         return Picture(rgb, scale.mpp * side)
 
     def slide(self, name: str) -> Slide | None:
@@ -141,12 +144,17 @@ class Pictures:
             job = self.jobs[name]
             try:
                 self._open = name, Slide(job.path, job.given)
-            except SlideError as error:  # one of many; hours of clustering are not given up for it
-                warn(f"{error}; its tiles are drawn as missing")
-                del self.jobs[name]
-                self.missing = self._missing()
+            except SlideError as error:
+                self._give_up(name, error)
                 return None
         return self._open[1]
+
+    def _give_up(self, name: str, error: SlideError) -> None:
+        """Goes on without a slide, one of many: hours of clustering are not given up for it."""
+        warn(f"{error}; its tiles are drawn as missing")
+        self.close()
+        del self.jobs[name]
+        self.missing = self._missing()
 
     def _missing(self) -> list[str]:
         slides = np.array([slide in self.jobs for slide in self._features.slides], bool)

@@ -14,8 +14,9 @@ from jaxhisto.data import catalog
 from jaxhisto.errors import SlideError
 from jaxhisto.slides import pool
 from jaxhisto.slides.cutting import Job
+from jaxhisto.slides.opening import dicom_series
 from jaxhisto.slides.pixel_size import GivenPixelSize
-from jaxhisto.slides.reader import SUFFIXES, dicom_series
+from jaxhisto.slides.reader import SUFFIXES
 
 
 def find_slides(config: TileConfig) -> list[Job]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ VENDORS = ("aperio", "generic-tiff")  # whose levels are grids that start at (0,
 CACHE = 64 << 20  # bytes of decoded tiles kept: a row of 256-px ones on a slide 85,000 px wide
 # Decoders that differ in how they upsample or convert colours agree on glass.
 COLOURS = 40  # range of R - G and of B - G from which a tile can tell them apart
+# Tiles that all make libjpeg warn would each be read twice by OpenSlide, and tried here between.
+PATIENCE = 32  # regions of a level that fail before one is read, until it is given up
 TRIED = 3  # tiles looked at, the most detailed of a level, before nothing of it is copied
 
 JPEG, APERIO_RGB = 7, 33005  # TIFF compression: JPEG; JPEG 2000 of RGB
@@ -81,6 +83,7 @@ class OwnTiles:
         self._levels: dict[int, Level] = {}
         self._proven: set[int] = set()
         self._tried: set[int] = set()
+        self._failed = Counter[int]()
         self._cache: OrderedDict[tuple[int, int], Pixels] = OrderedDict()
         self._cached = 0
         if properties.get("openslide.vendor") not in VENDORS:
@@ -133,6 +136,9 @@ class OwnTiles:
                 return None
             return self._pasted(level, at, indices, (left, top, width, height))
         except (ValueError, OSError, SlideError):
+            self._failed[level] += level not in self._proven
+            if self._failed[level] >= PATIENCE:
+                del self._levels[level]
             return None
 
     def refusal(self, level: int, side: int) -> str:
@@ -292,7 +298,8 @@ def _codec(file: tifffile.TiffFile, page: Any) -> Codec | None:
     with contextlib.suppress(ValueError):
         if page.compression == JPEG:
             # A JPEG without image: what lies between its start and its end.
-            return Jpeg(page.photometric == RGB, bytes(page.jpegtables or b"")[2:-2])
+            tables = bytes(page.jpegtables or b"")[2:-2]
+            return Jpeg(page.photometric == RGB, tables, page.tilewidth, page.tilelength)
         if page.compression == APERIO_RGB:
             first = _read(file, page.dataoffsets[0], page.databytecounts[0])
             return Jpeg2000(first, page.tilewidth, page.tilelength)
@@ -303,6 +310,8 @@ def _read(file: tifffile.TiffFile, offset: int, count: int) -> bytes:
     """The bytes of one tile; ValueError where the file does not hold them all."""
     if not count:
         raise ValueError("no bytes of a tile")
+    if offset + count > file.filehandle.size:  # to read it makes room for it first
+        raise ValueError("the file is cut off")
     file.filehandle.seek(offset)
     data: bytes = file.filehandle.read(count)
     if len(data) < count:

@@ -19,6 +19,7 @@ A statement that is passed over is told in `PixelSize.notes`.
 from __future__ import annotations
 
 import csv
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -139,8 +140,18 @@ def _listed(path: Path, folders: tuple[Path, ...]) -> float | None:
     return None
 
 
-def _read_sidecar(path: Path) -> dict[str, float]:
+def _read_sidecar(path: Path) -> Mapping[str, float]:
     """Slide name -> um/px; raises SlideError naming the line that is wrong."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return _read_version(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_version(path: Path, size: int, changed: int) -> Mapping[str, float]:
+    """The list as it is now: read for each of 25 thousand slides, it would take an hour."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)

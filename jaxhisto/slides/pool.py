@@ -7,6 +7,7 @@ hangs; slide libraries do both on damaged files.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -138,6 +139,15 @@ def _end(worker: _Worker) -> None:
     worker.process.join()
 
 
+def _portable(error: Exception) -> Exception:
+    """The error, or its words where it does not survive the way to the parent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class that cannot be pickled, or not be made again of its arguments
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _serve(link: Connection, function: Callable[[Any], Any]) -> None:
     """The loop of a worker; it ends when its parent is gone."""
     while True:
@@ -151,6 +161,6 @@ def _serve(link: Connection, function: Callable[[Any], Any]) -> None:
         except KeyboardInterrupt:
             return
         except Exception as raised:
-            error = raised
+            error = _portable(raised)
         with suppress(BrokenPipeError):
             link.send((value, error))

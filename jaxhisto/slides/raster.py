@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from jaxhisto.slides.reader import BLOCK, Flags, Pixels, RegionError, Slide
+from jaxhisto.slides.reader import (
+    BLOCK,
+    MOST_SPLITS,
+    SMALLEST,
+    Flags,
+    Pixels,
+    RegionError,
+    Slide,
+)
 
 SUPPORT = 2  # of a bicubic resampling, in pixels of the coarser grid
 
@@ -36,7 +44,7 @@ class SlideRaster:
         if self._scale.level_side == 1:  # a level's size is rounded as its writer liked
             level_width, level_height = slide.level_size(self._scale.level)
             self.height, self.width = min(self.height, level_height), min(self.width, level_width)
-        self.unreadable = 0
+        self.unreadable, self._splits = 0, MOST_SPLITS
         self._first, self._there = 0, np.zeros((0, self.width), bool)
 
     def rows(self, start: int, stop: int) -> Pixels:
@@ -73,6 +81,11 @@ class SlideRaster:
         try:
             rgba = self._resampled(top, bottom, left, right)
         except RegionError:
+            # So that one tile that is damaged costs no whole block; each try reopens the file.
+            least = SMALLEST / self._scale.level_side
+            if max(high, wide) >= 2 * least and self._splits:
+                self._splits -= 1
+                return self._split(top, bottom, left, right)
             self.unreadable += high * wide
             return np.full((high, wide, 3), 255, np.uint8), np.zeros((high, wide), bool)
         alpha = rgba[..., 3]
@@ -80,6 +93,18 @@ class SlideRaster:
         if alpha.min() < 255:
             rgb = np.where(alpha[..., None] < 255, np.uint8(255), rgb)
         return np.ascontiguousarray(rgb), alpha == 255
+
+    def _split(self, top: int, bottom: int, left: int, right: int) -> tuple[Pixels, Flags]:
+        """A block by its halves, across its longer side."""
+        if bottom - top >= right - left:
+            middle, axis = (top + bottom) // 2, 0
+            boxes = [(top, middle, left, right), (middle, bottom, left, right)]
+        else:
+            middle, axis = (left + right) // 2, 1
+            boxes = [(top, bottom, left, middle), (top, bottom, middle, right)]
+        halves = [self._block(*box) for box in boxes]
+        rgb, there = (np.concatenate(part, axis) for part in zip(*halves, strict=True))
+        return rgb, there
 
     def _resampled(self, top: int, bottom: int, left: int, right: int) -> NDArray[np.uint8]:
         """(h, w, 4): read from the level with what the resampling needs around, resized once."""

@@ -11,7 +11,7 @@ the edge). A tile with any such pixel is refused as `transparent`, one that cann
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,14 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.opening import open_handle
 from jaxhisto.slides.own_tiles import OwnTiles
 from jaxhisto.slides.pixel_size import GivenPixelSize, pixel_size
-from jaxhisto.slides.tiff_reader import (
-    TIFF_STARTS,
-    TiffHandle,
-    TiffRegionError,
-    refuse_unfit,
-)
+from jaxhisto.slides.tiff_reader import TiffRegionError, alike
 
 Pixels = NDArray[np.uint8]
 Flags = NDArray[np.bool_]
@@ -44,8 +40,6 @@ SUFFIXES = (
 SAME_MPP = 0.02  # a level this near to the um/px asked for is taken as it is (0.2525 for 0.25)
 SMALLEST = 128  # side to which a block that cannot be read is split, px
 MOST_SPLITS = 500  # after these, blocks are given up whole: each split reopens the file four times
-OME = "<OME "  # in the description of an OME-TIFF
-UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
 MOST_OVERVIEW = 1 << 30  # bytes of a reduced slide; one of 250,000 px squared takes 0.3 GB
 BLOCK = 2048  # side of the blocks in which a level is read, px: 16 MiB of RGBA
 
@@ -109,7 +103,7 @@ class Slide:
 
     def __init__(self, path: Path, given: GivenPixelSize | None = None) -> None:
         self.path = path
-        self._handle = _open(path)
+        self._handle, self._dead = open_handle(path), False
         try:
             size = pixel_size(path, self._handle.properties, given or GivenPixelSize())
         except SlideError:
@@ -120,6 +114,9 @@ class Slide:
         self.width, self.height = self._handle.dimensions
         self.downsamples: tuple[float, ...] = tuple(self._handle.level_downsamples)
         self._level_sizes: tuple[tuple[int, int], ...] = tuple(self._handle.level_dimensions)
+        self._levels: Sequence[int] = range(len(self.downsamples))
+        if self._handle.properties.get("openslide.vendor") == "generic-tiff":
+            self._leave_out_labels()
         self._own: OwnTiles | None = None
 
     def __enter__(self) -> Slide:
@@ -131,7 +128,8 @@ class Slide:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._handle.close()
+        if not self._dead:
+            self._handle.close()
         if self._own:
             self._own.close()
 
@@ -156,7 +154,8 @@ class Slide:
         """
         if mpp is None:
             return Scale(0, self.mpp, tile_px, tile_px)
-        fits = [i for i, d in enumerate(self.downsamples) if self.mpp * d <= mpp * (1 + SAME_MPP)]
+        most = mpp * (1 + SAME_MPP)
+        fits = [i for i in self._levels if self.mpp * self.downsamples[i] <= most]
         if not fits:
             raise SlideError(
                 f"{self.path}: has {self.mpp:.4g} um/px at best ({self.mpp_source}), coarser than "
@@ -176,6 +175,7 @@ class Slide:
 
         Raises:
           RegionError: the region cannot be decoded, or part of it is not in the file.
+          SlideError: the file cannot be opened any more.
         """
         downsample = self.downsamples[scale.level]
         left, top, start_x, start_y = self._start(x, y, scale.level)
@@ -213,7 +213,7 @@ class Slide:
           SlideError: it would not fit in `MOST_OVERVIEW`; nothing is allocated before.
         """
         level = min(
-            range(len(self.downsamples)),
+            self._levels,
             key=lambda i: abs(math.log(self.downsamples[i] / max(downsample, 1.0))),
         )
         factor = max(1, round(downsample / self.downsamples[level]))
@@ -261,6 +261,16 @@ class Slide:
             return pixels
         return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA), np.uint8)
 
+    def _leave_out_labels(self) -> None:
+        """To OpenSlide, all that calls itself reduced is a level of a generic TIFF."""
+        sizes = self._level_sizes
+        self._levels = [i for i in self._levels if alike(sizes[0], sizes[i])]
+        self.notes += tuple(
+            f"{w} x {h} px of it have another shape than the slide, and are not read as a level"
+            for i, (w, h) in enumerate(sizes)
+            if i not in self._levels
+        )
+
     def _start(self, x: int, y: int, level: int) -> tuple[int, int, int, int]:
         """The level's pixel at level-0 (x, y) and where that begins, in level-0 pixels."""
         # OpenSlide interpolates between level pixels unless it starts on one.
@@ -293,6 +303,8 @@ class Slide:
 
     def _by_handle(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """As `_region`, RGBA, by OpenSlide or tifffile."""
+        if self._dead:
+            self._revive()
         try:
             return np.asarray(self._handle.read_region((x, y), level, (width, height)))
         except TiffRegionError as error:
@@ -302,66 +314,15 @@ class Slide:
         except openslide.OpenSlideError as error:
             # After an error OpenSlide answers nothing but this error: the handle is dead.
             self._handle.close()
-            self._handle = _open(self.path)
+            self._dead = True
+            self._revive()
             raise RegionError(
                 f"{self.path}: cannot be read at ({x}, {y}), level {level} ({error})", "unreadable"
             ) from error
 
-
-def dicom_series(path: Path) -> str:
-    """The series a DICOM file belongs to; its files are one slide to OpenSlide. "": none."""
-    try:
-        with _open(path) as handle:
-            return str(handle.properties.get("dicom.SeriesInstanceUID", ""))
-    except SlideError:
-        return ""
-
-
-def _open(path: Path) -> openslide.OpenSlide | TiffHandle:
-    try:
-        if path.stat().st_size == 0:
-            raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
-        with path.open("rb") as file:  # OpenSlide does not tell a file that it may not read
-            start = file.read(4)
-        handle = openslide.OpenSlide(path)
-    except openslide.OpenSlideUnsupportedFormatError as error:
-        if start in TIFF_STARTS:
-            return TiffHandle(path)
-        _refuse_lone_index(path)
-        raise SlideError(
-            f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
-            "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
-        ) from error
-    except openslide.OpenSlideError as error:
-        if UNPACKED in str(error) and start in TIFF_STARTS:
-            return TiffHandle(path)
-        _refuse_lone_index(path)
-        raise SlideError(
-            f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
-            "again, or leave it out"
-        ) from error
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if OME in handle.properties.get("openslide.comment", ""):
-        handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
-        return TiffHandle(path)
-    if handle.properties.get("openslide.vendor") == "generic-tiff":
-        try:
-            refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
-        except SlideError:
-            handle.close()
-            raise
-    return handle
-
-
-def _refuse_lone_index(path: Path) -> None:
-    """SlideError for a MIRAX index without the folder that holds its pixels."""
-    folder = path.with_suffix("")
-    if path.suffix.lower() == ".mrxs" and not folder.is_dir():
-        raise SlideError(
-            f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
-            "that too, or leave the slide out"
-        )
+    def _revive(self) -> None:
+        """Opens the file anew; a SlideError, at every further read too, where it is gone."""
+        self._handle, self._dead = open_handle(self.path), False
 
 
 def _blocks(area: Area, side: int) -> Iterator[Area]:

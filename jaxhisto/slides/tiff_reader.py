@@ -25,19 +25,23 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.images import jpeg_is_whole
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.tile_codecs import is_rgb, jpeg2000_size, jpeg_header
 
 Pixels = NDArray[np.uint8]
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # TIFF and BigTIFF, either byte order
+BIGTIFF_STARTS = (b"II+\0", b"MM\0+")  # in either byte order
+TIFF_STARTS = (b"II*\0", b"MM\0*", *BIGTIFF_STARTS)
 MOST_SEGMENT = 512 << 20  # bytes of one decoded tile or strip; 13,000 px squared in one strip
 CACHE = 256 << 20  # bytes of decoded tiles and strips kept: a row of 2048-px blocks 40,000 px wide
+ROUNDED = 2  # px that a level's sides may be off, since writers round as they like
 RAW_ROWS = 64  # rows read at a time of an image that lies in the file uncompressed, in one piece
 CONVERT = "convert it (`vips tiffsave IN OUT --tile --pyramid`)"
 RGB8 = "save it as 8-bit RGB, or leave it out"
 
 NONE, OLD_JPEG, JPEG = 1, 6, 7  # TIFF compressions
+APERIO_YCBCR = 33003
+JPEG2000 = (APERIO_YCBCR, 33004, 33005, 34712)
 RGB, YCBCR = 2, 6  # TIFF photometric interpretations
-GREYS = (0, 1)  # of those, white or black at 0
 ALPHA = ((1,), (2,))  # TIFF extra samples that are an alpha channel
 
 # Units of OME's PhysicalSizeX, in um; mu is written as the micro sign or as the Greek letter.
@@ -188,8 +192,7 @@ class TiffHandle:
             if not offset or not count:
                 return None
             data = self._bytes(offset, count)
-            if page.compression == JPEG and not jpeg_is_whole(data):
-                raise TiffRegionError("a JPEG without its end")
+            _refuse_misfit(at, data)
             tables = {"jpegtables": page.jpegtables} if page.compression in (OLD_JPEG, JPEG) else {}
             pixels = page.decode(data, number, **tables)[0]
             if pixels is None:
@@ -205,6 +208,8 @@ class TiffHandle:
         return np.frombuffer(data, np.uint8).reshape(rows, at.width, samples)
 
     def _bytes(self, offset: int, count: int) -> bytes:
+        if offset + count > self._file.filehandle.size:  # to read it makes room for it first
+            raise TiffRegionError("the file ends before it")
         self._file.filehandle.seek(offset)
         data: bytes = self._file.filehandle.read(count)
         if len(data) < count:
@@ -212,32 +217,27 @@ class TiffHandle:
         return data
 
 
-def refuse_unfit(path: Path) -> None:
-    """SlideError where the first page is grey, has more than 8 bits, is larger than its tiles, or
-    has tiles that no memory would hold.
+def alike(size: tuple[int, int], level: tuple[int, int]) -> bool:
+    """Whether a reduced image, px, has the whole one's shape; else it is a label or cropped."""
+    longer, shorter = (0, 1) if size[0] >= size[1] else (1, 0)
+    return abs(level[shorter] - size[shorter] * level[longer] / size[longer]) <= ROUNDED
 
-    No word on what else it is: a file that tifffile cannot read is passed, OpenSlide could.
+
+def _refuse_misfit(at: _Level, data: bytes) -> None:
+    """TiffRegionError where a tile or strip is cut, or states more pixels than it may have.
+
+    A decoder makes room for what is stated: in damaged data, tens of gigabytes.
     """
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
-    try:
-        with tifffile.TiffFile(path) as file:
-            page: Any = file.pages.first
-            bits, kind, there = page.bitspersample, page.photometric, len(page.dataoffsets)
-            size = int(page.imagewidth), int(page.imagelength)
-            piece = page.tile[::-1] if page.tile else size
-            across, down = (-(-a // b) for a, b in zip(size, piece, strict=True))
-    except Exception:  # fed with damaged tags, tifffile raises nearly anything
-        return
-    if bits > 8 or kind in GREYS:
-        found = f"{bits}-bit {tifffile.enumstr(kind)} pixels"
-        raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
-    if (whole := 4 * math.prod(piece)) > MOST_SEGMENT:
-        raise SlideError(_too_large(path, size, tifffile.enumstr(page.compression), whole))
-    if across * down > there:  # each would be tried, and found missing, for hours
-        raise SlideError(
-            f"{path}: states {size[0]} x {size[1]} px, which is {across * down} tiles, and names "
-            f"{there}; the file is damaged or cut off: copy it again, or leave it out"
-        )
+    size = None
+    if at.page.compression == JPEG:
+        if not jpeg_is_whole(data):
+            raise TiffRegionError("a JPEG without its end")
+        header = jpeg_header(data)
+        size = header.width, header.height
+    elif at.page.compression in JPEG2000:
+        size = jpeg2000_size(data)
+    if size and (size[0] > at.piece_width or size[1] > at.piece_height):
+        raise TiffRegionError(f"it states {size[0]} x {size[1]} px")
 
 
 def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[str, ...]]:
@@ -252,6 +252,11 @@ def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[s
     if found := _not_rgb8(largest):
         raise SlideError(f"{path}: is not 8-bit RGB, it holds {found}; {RGB8}")
     page = largest.pages[0]
+    if not file.is_ome and _may_be_ycbcr(file, largest.keyframe):
+        raise SlideError(
+            f"{path}: is packed as Aperio packs YCbCr (JPEG 2000, 33003) and does not say that it "
+            f"is Aperio's, so that its colours are not known; {RGB8}"
+        )
     if page is None or page.parent is not file:
         raise SlideError(
             f"{path}: is a part of an OME-TIFF in several files; save it as one file, or leave it "
@@ -264,15 +269,21 @@ def _pyramid(path: Path, file: tifffile.TiffFile) -> tuple[list[_Level], tuple[s
         if page is None or page.parent is not file or _not_rgb8(further):
             continue
         level = _level(path, page.aspage())
-        # A reduced image of another shape is no level: a label, or one that was cropped.
-        if (
-            level.width < levels[-1].width
-            and abs(level.height - first.height * level.width / first.width) <= 2
+        if level.width < levels[-1].width and alike(
+            (first.width, first.height), (level.width, level.height)
         ):
             levels.append(level)
     others = [s for s in file.series if s is not largest and 4 * area(s) >= area(largest)]
     note = f"holds {len(others)} further images of a like size, which are not cut"
     return levels, (note,) if others else ()
+
+
+def _may_be_ycbcr(file: tifffile.TiffFile, page: Any) -> bool:
+    """Whether the tag is Aperio's for YCbCr, which others use for RGB, and nothing says RGB."""
+    if page.compression != APERIO_YCBCR:
+        return False
+    file.filehandle.seek(page.dataoffsets[0])
+    return not is_rgb(file.filehandle.read(min(page.databytecounts[0], 1 << 16)))
 
 
 def _not_rgb8(series: Any) -> str:
@@ -308,6 +319,8 @@ def _level(path: Path, page: Any) -> _Level:
         piece = int(page.tilewidth), int(page.tilelength)
     else:
         piece = width, RAW_ROWS if raw else min(int(page.rowsperstrip), height)
+    if min(width, height, *piece) < 1:
+        raise SlideError(_damaged(path, "an image without pixels"))
     level = _Level(page, width, height, *piece, planes, bool(raw))
     kind = tifffile.enumstr(page.compression)
     if page.compression != NONE:
@@ -323,11 +336,12 @@ def _level(path: Path, page: Any) -> _Level:
         raise SlideError(_damaged(path, f"{pieces} tiles or strips, and fewer places of them"))
     size = math.prod(piece) * int(page.samplesperpixel)
     if size > MOST_SEGMENT:
-        raise SlideError(_too_large(path, (width, height), kind, size))
+        raise SlideError(too_large(path, (width, height), kind, size))
     return level
 
 
-def _too_large(path: Path, size: tuple[int, int], kind: str, piece: int) -> str:
+def too_large(path: Path, size: tuple[int, int], kind: str, piece: int) -> str:
+    """The sentence on pieces of so many bytes."""
     return (
         f"{path}: {size[0]} x {size[1]} px packed ({kind}) in pieces of {piece / 2**30:.1f} GiB, "
         f"too large to decode for a tile; {CONVERT}"

@@ -8,6 +8,7 @@ of OpenSlide's and a half of Pillow's. A codec whose package is missing cannot b
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +30,11 @@ SOI, APP0 = b"\xff\xd8", b"\xff\xe0"
 JFIF = APP0 + struct.pack(">H5sHBHHBB", 16, b"JFIF", 0x0101, 0, 1, 1, 0, 0)  # says YCbCr
 ADOBE_RGB = b"\xff\xee" + struct.pack(">H5sHHHB", 14, b"Adobe", 100, 0, 0, 0)
 
+SOS = 0xDA
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 but DHT, JPG, DAC
+
 SOC, SIZ, COM, SOT = b"\xff\x4f", b"\xff\x51", b"\xff\x64", b"\xff\x90"
+COD = b"\xff\x52\x00"  # and the first byte of its length
 
 
 class Codec(Protocol):
@@ -48,22 +53,45 @@ class Codec(Protocol):
         """One tile as a JPEG file of its own; ValueError where there is none."""
 
 
+@dataclass(frozen=True)
+class JpegHeader:
+    """What a JPEG says before its first scan.
+
+    Fields:
+      bits, height, width, components: of its frame; components of `bits` bits.
+      jfif: it has a JFIF header, which says YCbCr.
+      adobe: the transform of its Adobe header, 0 for RGB; None without one.
+      size: bytes up to the first scan's marker, that included.
+    """
+
+    bits: int
+    height: int
+    width: int
+    components: int
+    jfif: bool
+    adobe: int | None
+    size: int
+
+
 class Jpeg:
     """JPEG tiles.
 
     Args:
       rgb: they hold RGB, not YCbCr.
       tables: what they share, between the start and the end of a JPEG.
+      width, height: of a tile, px.
 
     Raises:
       ValueError: simplejpeg is not installed.
     """
 
-    def __init__(self, rgb: bool, tables: bytes) -> None:
+    def __init__(self, rgb: bool, tables: bytes, width: int, height: int) -> None:
         if simplejpeg is None:
             raise ValueError("simplejpeg is not installed")
         self.kind = f"{'RGB' if rgb else 'YCbCr'} in JPEG"
         self._rgb, self._tables = rgb, tables
+        self._frame = (8, height, width, 3)
+        self._passed = b""  # the header of the last tile that was taken: most tiles have the same
 
     def decode(self, data: bytes) -> Pixels:
         """(h, w, 3) RGB; ValueError where libjpeg has as much as a warning."""
@@ -71,15 +99,61 @@ class Jpeg:
         return pixels
 
     def whole(self, data: bytes) -> bytes:
-        """A tile as a file of its own: start, kind of colours, tables, what the slide holds."""
-        if not data.startswith(SOI):
-            raise ValueError("not a JPEG")
-        if not data.startswith(APP0, 2):
+        """A tile as a file of its own: start, kind of colours, tables, what the slide holds.
+
+        ValueError where it is no tile of this level: OpenSlide refuses other components, and
+        takes the colours to be what the TIFF says, where libjpeg goes by the tile's own headers.
+        """
+        if not self._passed or not data.startswith(self._passed):
+            self._check(data)
+        if self._rgb or not _is_jfif(data, 2):
             return b"".join((SOI, ADOBE_RGB if self._rgb else JFIF, self._tables, data[2:]))
-        if self._rgb:  # a JFIF header makes YCbCr of it
-            raise ValueError("RGB with a JFIF header")
         end = 4 + int.from_bytes(data[4:6], "big")
         return b"".join((data[:end], self._tables, data[end:]))
+
+    def _check(self, data: bytes) -> None:
+        header = jpeg_header(data)
+        # A decoder makes room for what the frame states, which in a damaged tile is any number.
+        if (header.bits, header.height, header.width, header.components) != self._frame:
+            raise ValueError("not three components of the tile's size")
+        if self._rgb and (header.jfif or header.adobe):
+            raise ValueError("RGB with a header that makes YCbCr of it")
+        self._passed = data[: header.size]
+
+
+def jpeg_header(data: bytes) -> JpegHeader:
+    """What a JPEG states before its first scan (ITU-T T.81, B.2); ValueError: it is none."""
+    if not data.startswith(SOI):
+        raise ValueError("not a JPEG")
+    frame: tuple[int, ...] = ()
+    jfif, adobe, at = False, None, 2
+    while True:
+        while data[at : at + 2] == b"\xff\xff":  # a marker may be filled up
+            at += 1
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at : at + 1] != b"\xff" or length < 2 or at + 2 + length > len(data):
+            raise ValueError("a JPEG header without end")
+        marker, body = data[at + 1], at + 4
+        if marker == SOS:
+            break
+        if marker in FRAMES:
+            if frame or length < 8:
+                raise ValueError("a JPEG with a damaged frame")
+            frame = struct.unpack_from(">BHHB", data, body)
+        jfif |= _is_jfif(data, at)
+        if marker == 0xEE and length >= 14 and data.startswith(b"Adobe", body):
+            adobe = data[body + 11]
+        at += 2 + length
+    if not frame:
+        raise ValueError("a JPEG without a frame")
+    bits, height, width, components = frame
+    return JpegHeader(bits, height, width, components, jfif, adobe, at + 2)
+
+
+def _is_jfif(data: bytes, at: int) -> bool:
+    """Whether a JFIF header, which libjpeg goes by, is there."""
+    long_enough = int.from_bytes(data[at + 2 : at + 4], "big") >= 16
+    return long_enough and data.startswith(APP0, at) and data.startswith(b"JFIF\0", at + 4)
 
 
 class Jpeg2000:
@@ -120,6 +194,21 @@ class Jpeg2000:
     def whole(self, data: bytes) -> bytes:
         """No tile is a JPEG."""
         raise ValueError("JPEG 2000, not JPEG")
+
+
+def jpeg2000_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that a JPEG 2000 codestream, in a JP2 file or alone, states; None: none."""
+    at = data.find(SOC + SIZ)
+    if at < 0 or len(data) < at + 24:
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
+    return right - left, bottom - top
+
+
+def is_rgb(data: bytes) -> bool:
+    """Whether a JPEG 2000 codestream has its components transformed, which is done to RGB alone."""
+    at = data.find(COD, max(0, data.find(SOC + SIZ)))
+    return at >= 0 and data[at + 8 : at + 9] == b"\x01"
 
 
 def _coding(data: bytes) -> bytes:

@@ -210,6 +210,8 @@ def _reason(job: Job, error: Exception | None) -> str:
             f"{job.id}: {error}, twice: the file is damaged or memory ran out; lower --processes, "
             "or leave the slide out"
         )
+    if isinstance(error, MemoryError):
+        return f"{job.id}: memory ran out; lower --processes, or leave the slide out"
     return f"{job.id}: {type(error).__name__}: {error}; this is a fault of jaxhisto, report it"
 
 

@@ -8,6 +8,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from made_features import planted, write_features
 from PIL import Image
 from refusals import refusal
@@ -21,7 +22,8 @@ from jaxhisto.clusters.slide_maps import VIVID, Base, colours, highlighted
 from jaxhisto.config import DataConfig
 from jaxhisto.data.manifest import read_manifest
 from jaxhisto.data.sources import open_tiles
-from jaxhisto.errors import StoreError
+from jaxhisto.errors import SlideError, StoreError
+from jaxhisto.slides.reader import Slide
 
 HUES = ((200, 60, 60), (60, 200, 60), (60, 60, 200))
 
@@ -195,6 +197,26 @@ def test_a_slide_that_cannot_be_opened_is_told_and_painted_from_what_there_is(
     assert code == 0, err
     assert err.count("s.svs: ") == 1
     assert "its tiles are drawn as missing" in err
+    assert (out / "map-s.svs.png").is_file()
+    assert json.loads((out / "clusters.json").read_text())["pictures_missing"] == 60
+
+
+def test_a_slide_that_goes_while_it_is_painted_costs_only_its_pictures(
+    jaxhisto, features, tmp_path, monkeypatch
+):
+    def gone(slide: Slide, *_: object) -> None:
+        raise SlideError(f"{slide.path}: cannot be read (Stale file handle); check the path")
+
+    monkeypatch.setattr(Slide, "read", gone)
+    image = np.full((512, 512, 3), 180, np.uint8)
+    tifffile.imwrite(tmp_path / "s.svs", image, tile=(256, 256), photometric="rgb")
+    out = tmp_path / "C"
+    code, _, err = jaxhisto(
+        "cluster", features, "--k", 3, "--show.slides", tmp_path / "s.svs", "--show.mpp", 0.5,
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0, err
+    assert err.count("check the path; its tiles are drawn as missing") == 1
     assert (out / "map-s.svs.png").is_file()
     assert json.loads((out / "clusters.json").read_text())["pictures_missing"] == 60
 

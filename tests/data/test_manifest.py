@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from made_images import blobs, noise, write_pngs, write_store
 
 from jaxhisto.config import DataConfig
+from jaxhisto.data import listed as listed_module
 from jaxhisto.data.cache import HostCache
 from jaxhisto.data.images import decode_jpeg
 from jaxhisto.data.labelled import read_labelled
@@ -20,7 +22,7 @@ from jaxhisto.data.listed import manifest_of
 from jaxhisto.data.loader import batches
 from jaxhisto.data.manifest import Entry, Manifest, read_manifest, write_manifest
 from jaxhisto.data.sampling import sample
-from jaxhisto.data.sources import Tiles, open_tiles
+from jaxhisto.data.sources import StoreSource, Tiles, open_tiles
 from jaxhisto.data.store import TileStore
 from jaxhisto.errors import StoreError
 from jaxhisto.file_config import SampleConfig
@@ -195,3 +197,21 @@ def test_only_listed_images_count_as_seen(listed: Path, data: dict[str, Path], t
     assert clauses[0].startswith("2 of 3 images are in the training data (")
     assert all(name in clauses[0] for name in names)
     assert clauses[1] == "1 groups are slides of the training data (a)"
+
+
+def test_a_cohorts_places_take_little_memory(monkeypatch):
+    """25 thousand slides of 100 tiles: an entry for each of their tiles takes 0.8 GB."""
+    slides = [{"part": {"sha256": f"{i:064x}"}, "tiles": 100} for i in range(25_000)]
+    store = object.__new__(StoreSource)
+    store.path = Path("cohort")
+    monkeypatch.setattr(listed_module, "read_store_manifest", lambda _: {"slides": slides})
+    tracemalloc.start()
+    try:
+        places = listed_module._Places([store])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
+    last = Entry("d", "s", 0.5, f"{24_999:064x}", (0, 99))
+    assert places.of(last, 99) == [(0, 2_499_999)]
+    assert not places.of(last, 100)

@@ -135,6 +135,23 @@ def test_of_damaged_tiles_openslide_decides(tmp_path, damage):
         assert slide.own.region(0, 0, 0, 256, 256) is not None
 
 
+def test_a_level_that_never_decodes_is_given_up(tmp_path, monkeypatch):
+    """Each region would be read twice by OpenSlide, and fail here between, to the slide's end."""
+
+    def warns(*_: object, **__: object) -> np.ndarray:
+        tried.append(1)
+        raise ValueError("extraneous bytes")
+
+    path, tried = write_jpeg_slide(tmp_path / "a.tif", detailed(512, 512)), []
+    monkeypatch.setattr(tile_codecs.simplejpeg, "decode_jpeg", warns)
+    with Slide(path) as slide:
+        scale = slide.scale(50, None)
+        for i in range(50):
+            got = slide.read(5 * i, 7 * i, 50, scale)
+    np.testing.assert_array_equal(got, theirs(path, 245, 343, 0, 50, 50))
+    assert len(tried) == own_tiles.PATIENCE
+
+
 def test_a_slide_with_missing_tiles_is_left_to_openslide(tmp_path):
     path = write_jpeg_slide(tmp_path / "a.tif", detailed(768, 512))
     with tifffile.TiffFile(path, mode="r+") as tiff:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,19 @@ def test_a_bad_list_is_refused(tmp_path, text):
 
     with pytest.raises(SlideError, match=r"mpp\.csv"):
         pixel_size(tmp_path / "a.svs", {}, GivenPixelSize(1.0, folders=(tmp_path,)))
+
+
+def test_a_long_list_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    """A quarter of a second for each of 25 thousand slides would be two hours."""
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide,mpp\na.svs,0.5\nb.svs,0.25\n", encoding="utf-8")
+    given, read = GivenPixelSize(folders=(tmp_path,)), []
+    reader = csv.DictReader
+    monkeypatch.setattr(csv, "DictReader", lambda file: read.append(1) or reader(file))
+
+    def sizes() -> list[float]:
+        return [pixel_size(tmp_path / name, {}, given).mpp for name in ("a.svs", "b.svs")]
+
+    assert (sizes(), len(read)) == ([0.5, 0.25], 1)
+    table.write_text("slide,mpp\na.svs,0.5\nb.svs,0.125\n", encoding="utf-8")
+    assert (sizes(), len(read)) == ([0.5, 0.125], 2)

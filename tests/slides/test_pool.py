@@ -11,11 +11,26 @@ from jaxhisto.errors import SlideError
 from jaxhisto.slides import pool
 
 
+class Awkward(Exception):
+    """An error that pickle cannot make again: it asks for two arguments and gives on one."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} at {where}")
+
+
 def work(job: tuple[str, str]) -> str:
     """Does what the job says; `once` and `always` die as a crash in a C library would."""
     what, note = job
     if what == "fail":
         raise SlideError(note)
+    if what == "awkward":
+        raise Awkward("odd", note)
+    if what == "local":
+
+        class Local(Exception):
+            pass
+
+        raise Local(note)
     if what == "hang" or (what == "hang once" and not Path(note).exists()):
         with Path(note).open("a") as file:
             file.write("begun\n")
@@ -54,3 +69,12 @@ def test_a_job_that_hangs_is_ended_and_tried_once_more_after_the_others(tmp_path
     assert str(answers[1].error) == "took longer than 2 s"
     assert [(tmp_path / name).read_text() for name in "ab"] == ["begun\nbegun\n", "begun\n"]
     assert time.monotonic() - began < 30
+
+
+def test_an_error_that_cannot_travel_sends_its_words():
+    jobs = [("awkward", "3,4"), ("local", "here"), ("plain", "")]
+    answers = sorted(pool.run(work, jobs, processes=1, timeout=60), key=lambda a: a.index)
+
+    said = [str(answer.error) for answer in answers[:2]]
+    assert said == ["Awkward: odd at 3,4", "Local: here"]
+    assert answers[2].value == "plain done"

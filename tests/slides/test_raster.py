@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from made_slides import spoil
 from PIL import Image
 
 from jaxhisto.errors import SlideError
@@ -100,6 +101,31 @@ def test_what_cannot_be_read_is_white_and_counted(
     assert (rgb[missing] == 255).all()
     np.testing.assert_array_equal(rgb[~missing], made[1][:100][~missing])
     assert raster.unreadable == 100 * 100
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.6])
+def test_a_damaged_tile_costs_its_surroundings_and_no_block(
+    made: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mpp: float
+) -> None:
+    """By the resampling a block that is read reaches some pixels into its neighbours."""
+    monkeypatch.setattr(module, "SMALLEST", 16)
+    path = tmp_path / "damaged.tif"
+    path.write_bytes(made[0].read_bytes())
+    spoil(path, 9)  # the third of the second row: 128..192, 64..128
+    with Slide(made[0], GivenPixelSize(0.25)) as slide:
+        whole = rows(SlideRaster(slide, mpp), 999)
+    with Slide(path, GivenPixelSize(0.25)) as slide:
+        raster = SlideRaster(slide, mpp)
+        rgb, there = raster.read(0, raster.height)
+    step = mpp / 0.25
+    far = np.ones(there.shape, bool)
+    far[max(0, int((64 - 48) / step)) : int((128 + 48) / step),
+        int((128 - 48) / step) : int((192 + 48) / step)] = False  # fmt: skip
+    assert there[far].all()
+    np.testing.assert_allclose(rgb[there].astype(int), whole[there].astype(int), atol=1)
+    inner = there[int(66 / step) : int(126 / step), int(130 / step) : int(190 / step)]
+    assert not inner.any()
+    assert raster.unreadable == (~there).sum()
 
 
 def test_pixels_are_not_made_up(made: tuple[Path, np.ndarray]) -> None:

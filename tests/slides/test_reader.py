@@ -101,6 +101,17 @@ def test_a_region_that_cannot_be_decoded_costs_only_itself(tmp_path):
     np.testing.assert_array_equal(after, image[:64, 512:576])
 
 
+def test_a_slide_that_is_gone_is_told_as_such_at_every_read(tmp_path):
+    path = spoil(write_slide(tmp_path / "a.tif", painted(512, 256, PINK)), 1)
+    with Slide(path) as slide:
+        scale = slide.scale(64, None)
+        path.unlink()
+        for x in (256, 256, 0):
+            with pytest.raises(SlideError, match=r"a\.tif: cannot be read \(No such") as caught:
+                slide.read(x, 0, 64, scale)
+            assert not isinstance(caught.value, RegionError)
+
+
 def test_transparent_pixels_are_not_there(tmp_path):
     path = write_slide(tmp_path / "a.tif", painted(300, 300, PINK))
     with Slide(path) as slide, pytest.raises(RegionError) as caught:

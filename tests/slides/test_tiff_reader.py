@@ -62,7 +62,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_reads_as_it_was_written(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr(reader, "_open", TiffHandle)  # OpenSlide takes some of them
+    monkeypatch.setattr(reader, "open_handle", TiffHandle)  # OpenSlide takes some of them
     image = noise(201, 301)
     path, planar = tmp_path / "a.tif", "planarconfig" in LAYOUTS[layout]
     with tifffile.TiffWriter(

@@ -1,0 +1,77 @@
+"""Opens a file as a slide, by OpenSlide or by tifffile, or says why it is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openslide
+
+from jaxhisto.errors import SlideError
+from jaxhisto.slides.tiff_reader import BIGTIFF_STARTS, TIFF_STARTS, TiffHandle
+from jaxhisto.slides.unfit import VENDORS, refuse_endless, refuse_unfit
+
+OME = "<OME "  # in the description of an OME-TIFF
+UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
+
+
+def dicom_series(path: Path) -> str:
+    """The series a DICOM file belongs to; its files are one slide to OpenSlide. "": none."""
+    try:
+        with open_handle(path) as handle:
+            return str(handle.properties.get("dicom.SeriesInstanceUID", ""))
+    except SlideError:
+        return ""
+
+
+def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
+    """OpenSlide's handle, or tifffile's in its place.
+
+    Raises:
+      SlideError: not a slide, damaged, or not 8-bit RGB.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
+        with path.open("rb") as file:  # OpenSlide does not tell a file that it may not read
+            start = file.read(4)
+        if start in BIGTIFF_STARTS:
+            refuse_endless(path)
+        handle = openslide.OpenSlide(path)
+    except openslide.OpenSlideUnsupportedFormatError as error:
+        if start in TIFF_STARTS:
+            return TiffHandle(path)
+        _refuse_lone_index(path)
+        raise SlideError(
+            f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
+            "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
+        ) from error
+    except openslide.OpenSlideError as error:
+        if UNPACKED in str(error) and start in TIFF_STARTS:
+            return TiffHandle(path)
+        _refuse_lone_index(path)
+        raise SlideError(
+            f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
+            "again, or leave it out"
+        ) from error
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    if OME in handle.properties.get("openslide.comment", ""):
+        handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
+        return TiffHandle(path)
+    if handle.properties.get("openslide.vendor") in VENDORS:
+        try:
+            refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
+        except SlideError:
+            handle.close()
+            raise
+    return handle
+
+
+def _refuse_lone_index(path: Path) -> None:
+    """SlideError for a MIRAX index without the folder that holds its pixels."""
+    folder = path.with_suffix("")
+    if path.suffix.lower() == ".mrxs" and not folder.is_dir():
+        raise SlideError(
+            f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
+            "that too, or leave the slide out"
+        )
