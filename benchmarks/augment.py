@@ -24,15 +24,19 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
     from jaxhisto.bench import ratio
     from jaxhisto.bench.machine import describe
-    from jaxhisto.bench.ours import Point, Setup
+    from jaxhisto.bench.ours import ON_ACCELERATOR, Point, Setup
     from jaxhisto.bench.peers import prepare_peer
     from jaxhisto.bench.record import OURS, Record, write_record
+    from jaxhisto.bench.report import one_by_one
     from jaxhisto.bench.run import line_of
     from jaxhisto.bench.runner import attempt, measure
 
-    setup = Setup(Point("resnet18", args.tile_px, args.batch, "f32"))
+    calls = 1 if jax.default_backend() == "cpu" else ON_ACCELERATOR
+    setup = Setup(Point("resnet18", args.tile_px, args.batch, "f32"), calls=calls)
     ours = attempt(lambda: setup.runner("augment"), "augment", OURS, setup.settings)
     machine = describe(args.threads, peaks=False)
     settings = {**ours.settings, "platform": machine["platform"]}
@@ -46,6 +50,7 @@ def main() -> None:
     if machine["platform"] == "cpu":
         per, speed = "core", ratio.BY_CORE
     said = ratio.compared(*rows, ("ours", args.peer), speed, f"images/s per {per}")
+    said += one_by_one(rows[1])
     setting = (
         f"two views each, {args.tile_px} px, batch {args.batch}, {args.threads} threads, median "
         f"of {args.repeats}"

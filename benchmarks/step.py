@@ -28,7 +28,7 @@ def main() -> None:
 
     from jaxhisto.bench import ratio
     from jaxhisto.bench.machine import describe
-    from jaxhisto.bench.ours import Point, Setup
+    from jaxhisto.bench.ours import ON_ACCELERATOR, Point, Setup
     from jaxhisto.bench.peers import prepare_peer
     from jaxhisto.bench.record import OURS, Record, write_record
     from jaxhisto.bench.run import line_of
@@ -37,7 +37,8 @@ def main() -> None:
     platform = jax.default_backend()
     batch = args.batch or (32 if platform == "cpu" else 512)
     precision = args.precision or ("f32" if platform == "cpu" else "bf16")
-    setup = Setup(Point(args.model, args.tile_px, batch, precision))
+    calls = 1 if platform == "cpu" else ON_ACCELERATOR
+    setup = Setup(Point(args.model, args.tile_px, batch, precision), calls=calls)
     settings = {**setup.settings, "platform": platform, "augment": False}
     given = attempt(lambda: setup.runner("given"), "step", OURS, setup.settings)
     whole = attempt(lambda: setup.runner("step"), "step", OURS, setup.settings)

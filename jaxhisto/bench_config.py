@@ -23,6 +23,7 @@ Stage = Literal[
 PeerName = Literal[
     "pytorch",
     "pytorch-compiled",
+    "pytorch-autotuned",
     "lightly",
     "torchvision",
     "kornia",
@@ -74,8 +75,9 @@ class BenchConfig:
     which times communication and nothing else."""
     peers: tuple[PeerName, ...] = get_args(PeerName)
     """Others to measure by turns with ours, where they are installed: PyTorch's training as it is
-    and through torch.compile, lightly's loss and LARS, augmentation by torchvision and kornia, and
-    torch DataLoaders over JPEG files or the store, by decoder. Nothing after the flag: none."""
+    and through torch.compile (on a GPU autotuned too), lightly's loss and LARS, augmentation by
+    torchvision and kornia, and torch DataLoaders over JPEG files or the store, by decoder. Nothing
+    after the flag: none."""
     peer_env: tuple[str, ...] = ()
     """NAME=PYTHON: the interpreter of a peer that has an environment of its own."""
     growth: bool = False

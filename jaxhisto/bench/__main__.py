@@ -6,7 +6,9 @@ A machine with an accelerator often has what its image has, and nothing more can
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import inspect
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     try:
-        return bench(parsed([arg for arg in args if arg != "--debug"]))
+        return bench(parsed([arg for arg in args if arg != "--debug"]), "python -m jaxhisto.bench")
     except JaxhistoError as error:
         if debug:
             traceback.print_exc()
-        print(f"jaxhisto bench: {error}", file=sys.stderr)
+        print(f"python -m jaxhisto.bench: {error}", file=sys.stderr)
         return error.exit_code
 
 
@@ -39,13 +41,29 @@ def parsed(argv: Sequence[str]) -> BenchConfig:
       ConfigError: a number out of its range.
     """
     parser = argparse.ArgumentParser("python -m jaxhisto.bench", description=BenchConfig.__doc__)
-    hints = get_type_hints(BenchConfig)
+    parser.add_argument("--debug", action="store_true", help="show where an error was raised")
+    hints, texts = get_type_hints(BenchConfig), helps()
     for field in dataclasses.fields(BenchConfig):
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, default=field.default, **words(hints[field.name]))
+        text = texts.get(field.name, "").replace("%", "%%")
+        parser.add_argument(flag, default=field.default, help=text, **words(hints[field.name]))
     values: dict[str, Any] = vars(parser.parse_args(argv))
+    del values["debug"]
     lists: dict[str, Any] = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
     return check(BenchConfig(**(values | lists)))
+
+
+def helps() -> dict[str, str]:
+    """By field, the text under it, which is a flag's help; tyro reads the same."""
+    (table,) = ast.parse(inspect.getsource(BenchConfig)).body
+    assert isinstance(table, ast.ClassDef)
+    found, name = {}, ""
+    for one in table.body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
+            name = one.target.id
+        elif name and isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant):
+            found[name] = " ".join(str(one.value.value).split())
+    return found
 
 
 def words(hint: Any) -> dict[str, Any]:

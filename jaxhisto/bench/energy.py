@@ -1,4 +1,4 @@
-"""Energy while something runs: of NVIDIA's GPUs by nvidia-smi, of a CPU by RAPL, or why not."""
+"""Energy while something runs: of NVIDIA's GPUs by NVML or nvidia-smi, of a CPU by RAPL."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 POWERCAP = Path("/sys/class/powercap")
 EVERY_MS = 200
 GRACE_S = 10.0
+AMD = Path("/dev/kfd")  # the device of AMD's driver for compute
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Meter:
 
     def __init__(self, platform: str, devices: int = 1) -> None:
         """`platform` is JAX's: cpu, gpu or tpu; `devices` are those that work."""
-        kind: Any = {"gpu": NvidiaSmi, "cpu": Rapl}.get(platform)
+        kind: Any = {"gpu": nvidia, "cpu": Rapl}.get(platform)
         self._reader = kind(devices) if kind else None
         self._platform, self._began = platform, 0.0
 
@@ -96,6 +97,65 @@ def number(file: Path) -> int:
     return int(file.read_text())
 
 
+def visible(devices: int) -> list[str]:
+    """Indices or UUIDs of the first GPUs that CUDA shows, in its order."""
+    named = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [v for v in named if v][:devices] or [str(i) for i in range(devices)]
+
+
+def nvidia(devices: int) -> Any:
+    """What reads NVIDIA's GPUs: the counter of their energy where pynvml is installed and they have
+    one (since Volta), else samples of their power."""
+    try:
+        return Nvml(devices)
+    except Exception:  # pynvml's errors are made at run time, and each says: not by this way
+        return NvidiaSmi(devices)
+
+
+class Nvml:
+    """The counters of the first GPUs that are visible, in millijoules since the driver was loaded.
+
+    (nvmlDeviceGetTotalEnergyConsumption.) An index is NVML's, by the place on the PCI bus; CUDA's
+    own is that too where all GPUs are of one kind.
+    """
+
+    def __init__(self, devices: int) -> None:
+        """Opens them.
+
+        Raises:
+          ImportError, pynvml.NVMLError, LookupError: there is no pynvml, driver, counter or GPU.
+        """
+        import pynvml
+
+        self._nvml: Any = pynvml
+        pynvml.nvmlInit()
+        self._handles = [self._handle(name) for name in visible(devices)]
+        self._before = self._counted()
+
+    def _handle(self, name: str) -> Any:
+        """Of an index, or of a UUID, which may be cut short."""
+        if name.isdigit():
+            return self._nvml.nvmlDeviceGetHandleByIndex(int(name))
+        for i in range(self._nvml.nvmlDeviceGetCount()):
+            handle = self._nvml.nvmlDeviceGetHandleByIndex(i)
+            uuid = self._nvml.nvmlDeviceGetUUID(handle)
+            if (uuid.decode() if isinstance(uuid, bytes) else uuid).startswith(name):
+                return handle
+        raise LookupError(f"no GPU {name}")
+
+    def _counted(self) -> int:
+        return sum(self._nvml.nvmlDeviceGetTotalEnergyConsumption(h) for h in self._handles)
+
+    def start(self) -> None:
+        """Reads the counters."""
+        self._before = self._counted()
+
+    def stop(self, seconds: float) -> Energy:
+        """Reads them again."""
+        source = f"NVML, the counters of {len(self._handles)} GPU(s) alone, not of the host"
+        return Energy((self._counted() - self._before) / 1e3, seconds, source)
+
+
 class NvidiaSmi:
     """The mean of what nvidia-smi says of the power of the first GPUs that are visible."""
 
@@ -109,11 +169,9 @@ class NvidiaSmi:
         command = shutil.which("nvidia-smi")
         if command is None:
             return
-        visible = [v for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
-        which = visible[: self._devices] or [str(i) for i in range(self._devices)]
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in `stop`
         self._process = subprocess.Popen(
-            [command, f"--id={','.join(which)}", "--query-gpu=power.draw",
+            [command, f"--id={','.join(visible(self._devices))}", "--query-gpu=power.draw",
              "--format=csv,noheader,nounits", f"--loop-ms={EVERY_MS}"],
             stdout=self._said, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -121,7 +179,10 @@ class NvidiaSmi:
     def stop(self, seconds: float) -> Energy:
         """Ends it and takes the mean."""
         if self._process is None:
-            return Energy(None, seconds, why="nvidia-smi is not on PATH")
+            why = "nvidia-smi is not on PATH"
+            if AMD.exists():
+                why = "this reads NVIDIA's GPUs and CPUs; an AMD GPU's energy is not measured"
+            return Energy(None, seconds, why=why)
         self._process.terminate()
         try:
             self._process.wait(GRACE_S)

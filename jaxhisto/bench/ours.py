@@ -36,6 +36,10 @@ SCHEDULE = (1000, 100)
 """Steps, and steps of an epoch, of the learning rate's schedule: they change no time."""
 
 
+ON_ACCELERATOR = 20
+"""Calls of a turn there, where nobody says how many."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One setting of a sweep.

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OUT_OF_MEMORY = "out of memory"
+AUTOTUNED = "max-autotune-no-cudagraphs"
+"""torch.compile's mode that tries kernels out. With CUDA graphs, its step would have to copy
+gradients and weights out of their memory."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class PeerJob:
         return cls(**{**table, "jitter": tuple(table["jitter"])})
 
     @property
-    def compiled(self) -> bool:
-        """Whether the network goes through torch.compile."""
-        return self.who.endswith("-compiled")
+    def mode(self) -> str:
+        """Of torch.compile, through which the network goes; empty: it does not."""
+        return {"compiled": "default", "autotuned": AUTOTUNED}.get(self.who.partition("-")[2], "")
 
 
 @dataclass

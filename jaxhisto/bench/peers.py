@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxhisto.bench.peer_job import OUT_OF_MEMORY, PeerJob
+from jaxhisto.bench.peer_job import AUTOTUNED, OUT_OF_MEMORY, PeerJob
 from jaxhisto.bench.record import Row
 from jaxhisto.bench.runner import CannotRun, Runner
 from jaxhisto.errors import ConfigError, RunError
@@ -41,6 +41,8 @@ would let that Python see all other packages of our environment too."""
 
 COMPILE_LIMIT_S = 900.0
 """Longest preparation of a peer; torch.compile of a ResNet18 took 260 s on one busy core."""
+AUTOTUNE_LIMIT_S = 300.0
+"""Of the one that tries kernels out, which is another row than torch.compile as it comes."""
 TURN_LIMIT_S = 3600.0
 
 
@@ -57,6 +59,7 @@ STEP = ("forward", "backward", "optimizer", "step", "pipeline")
 PEERS = {
     "pytorch": Peer(STEP, "torch torchvision"),
     "pytorch-compiled": Peer(("forward", "backward", "step"), "torch torchvision"),
+    "pytorch-autotuned": Peer(("step",), "torch torchvision"),
     "lightly": Peer(("optimizer", "step"), "lightly torch torchvision"),
     "torchvision": Peer(("augment",), "torch torchvision"),
     "kornia": Peer(("augment",), "kornia torch"),
@@ -109,7 +112,7 @@ def prepare_peer(
     settings: Mapping[str, Any],
     who: str,
     pythons: Mapping[str, str] | None = None,
-    limit_s: float = COMPILE_LIMIT_S,
+    limit_s: float | None = None,
 ) -> Runner | Row:
     """A peer ready to take its turns, or the row that says why there is none.
 
@@ -119,15 +122,17 @@ def prepare_peer(
         `platform` tpu, has no peer.
       who: a key of PEERS.
       pythons: the interpreter of a peer that has an environment of its own, by name.
-      limit_s: longest preparation, compilation included.
+      limit_s: longest preparation, compilation included; None: COMPILE_LIMIT_S, or less for the
+        peer that is tuned.
     """
     job, named = job_of(stage, who, settings), said(settings)
     why = unfit(job, settings)
     if why:
         return Row(stage, who, named, why=why)
-    own = (pythons or {}).get(who) or (pythons or {}).get(who.removesuffix("-compiled"))
+    own = (pythons or {}).get(who) or (pythons or {}).get(who.partition("-")[0])
+    usual = AUTOTUNE_LIMIT_S if job.mode == AUTOTUNED else COMPILE_LIMIT_S
     try:
-        process = PeerProcess(job, own or sys.executable, limit_s)
+        process = PeerProcess(job, own or sys.executable, limit_s or usual)
     except CannotRun as error:
         return Row(stage, who, named, why=str(error))
     return Runner(
@@ -154,6 +159,8 @@ def unfit(job: PeerJob, settings: Mapping[str, Any]) -> str:
         return f"not measured: the PyTorch peers run on one device, not on {devices}"
     if settings.get("platform") == "tpu":
         return "not measured: the PyTorch peers run on a CPU or a GPU"
+    if job.mode == AUTOTUNED and settings.get("platform") != "gpu":
+        return "not measured: torch.compile tries kernels out on a GPU"
     if job.stage in OF_DATA and not job.files:
         return "not measured: the DataLoaders read the JPEGs of one tile store, and there is none"
     return ""

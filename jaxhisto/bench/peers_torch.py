@@ -79,7 +79,8 @@ class Setup:
         model = build_model(job).to(memory_format=torch.channels_last)
         self.model = model.to(self.device).train()
         # A bound of torch.compile: it compiles anew for every shape, and there is only one here.
-        self.network: Any = torch.compile(self.model) if job.compiled else self.model
+        compiled = torch.compile(self.model, mode=job.mode) if job.mode else self.model
+        self.network: Any = compiled
         self.loss, self.optimizer = loss_and_optimizer(job, self.model)
         made = job.stage == "pipeline" or (job.stage == "step" and job.augment)
         self.images = None if made else given_images(job, self.device)
@@ -160,7 +161,8 @@ class Setup:
             "memory_format": "channels_last",
             "autocast": self.job.precision == "bf16",
             "tf32": False,
-            "torch_compile": self.job.compiled,
+            "torch_compile": bool(self.job.mode),
+            "torch_compile_mode": self.job.mode,
             "loss": f"{where} NT-Xent",
             "lars": f"{where} LARS",
             "threads": self.job.threads,

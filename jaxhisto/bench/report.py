@@ -289,8 +289,8 @@ def against(row: Row, ours: Row | None, speed: str = "images_per_s") -> str:
 def one_by_one(row: Row) -> str:
     """That a peer made its views on a GPU image by image, as torchvision does."""
     peer = row.settings.get("peer", {})
-    form = str(peer.get("augmentation", {}).get("form", ""))
-    if form.startswith("torchvision") and peer.get("device", "cpu") != "cpu":
+    form = str(peer.get("augmentation", peer).get("form", ""))
+    if form.startswith("torchvision") and row.settings.get("platform", "cpu") != "cpu":
         return ", its views image by image (kornia missing or slower)"
     return ""
 

@@ -9,8 +9,8 @@ from jaxhisto.bench_config import BenchConfig
 from jaxhisto.console import say, say_next
 
 
-def bench(config: BenchConfig) -> int:
-    """Measures, or writes the report of records; 0.
+def bench(config: BenchConfig, line: str = "jaxhisto bench") -> int:
+    """Measures, or writes the report of records; 0. `line` is how it was called, for the next one.
 
     Raises:
       JaxhistoError: as `run_bench` and `write_report`.
@@ -22,7 +22,7 @@ def bench(config: BenchConfig) -> int:
         return 0
     path = measured(config)
     say(f"wrote {path}")
-    say_next(f"jaxhisto bench --report {quote(str(path))} --out benchmarks.md")
+    say_next(f"{line} --report {quote(str(path))} --out benchmarks.md")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from jaxhisto.bench import memory, run
-from jaxhisto.bench.__main__ import parsed
+from jaxhisto.bench.__main__ import helps, parsed
 from jaxhisto.bench.ours import exchanges
 from jaxhisto.bench.record import Row, find, read_record, row_to_json
 from jaxhisto.bench_config import BenchConfig
@@ -75,7 +76,7 @@ def test_without_an_accelerator_it_says_so_and_measures_the_cpu(swept):
     record, _, said = swept
     assert "no accelerator" in said
     assert record.machine["platform"] == "cpu"
-    assert said.splitlines()[-1].startswith("next: jaxhisto bench --report ")
+    assert said.splitlines()[-1].startswith("next: python -m jaxhisto.bench --report ")
 
 
 def test_a_record_names_no_place(swept, images):
@@ -223,6 +224,16 @@ def test_a_command_line_that_does_not_start_says_why():
     said = "Traceback\nModuleNotFoundError: No module named 'tyro.conf'\n"
     assert run.help_failed(said) == "not installed: pip install tyro"
     assert run.help_failed("SyntaxError: no\n") == "failed: SyntaxError: no"
+
+
+def test_every_flag_has_its_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(["--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert set(helps()) == {field.name for field in dataclasses.fields(BenchConfig)}
+    assert "Encoders, each at each batch and side." in said
+    assert "show where an error was raised" in said
 
 
 def test_debug_shows_where(tmp_path, capsys):

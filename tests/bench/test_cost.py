@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -220,6 +222,7 @@ def test_power_of_gpus(tmp_path, monkeypatch, said, watts, why):
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     meter = energy.Meter("gpu", 2)
     meter.start()
     import time
@@ -239,6 +242,35 @@ def test_power_of_gpus(tmp_path, monkeypatch, said, watts, why):
 
 def test_gpus_without_nvidia_smi(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    meter = energy.Meter("gpu")
+    for amd, why in ((False, "nvidia-smi is not on PATH"), (True, "an AMD GPU's energy is not")):
+        monkeypatch.setattr(energy, "AMD", tmp_path if amd else tmp_path / "none")
+        meter = energy.Meter("gpu")
+        meter.start()
+        assert why in meter.stop().why
+
+
+@pytest.mark.parametrize(
+    ("shown", "joules"), [("", 1.0 + 2.0), ("GPU-c,1", 4.0 + 2.0), ("GPU-none", None)]
+)
+def test_counters_of_gpus(monkeypatch, shown, joules):
+    """A made pynvml of three GPUs, whose counters rise by 1, 2 and 4 J; in CUDA's order."""
+    rises, asked = (1000, 2000, 4000), [0, 0, 0]
+    made = types.ModuleType("pynvml")
+    made.nvmlInit = lambda: None
+    made.nvmlDeviceGetCount = lambda: 3
+    made.nvmlDeviceGetHandleByIndex = lambda i: i
+    made.nvmlDeviceGetUUID = lambda i: f"GPU-{'abc'[i]}123".encode()
+
+    def counter(i):
+        asked[i] += 1
+        return 10**9 + asked[i] * rises[i]
+
+    made.nvmlDeviceGetTotalEnergyConsumption = counter
+    monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    monkeypatch.setenv("PATH", "/nowhere")
+    meter = energy.Meter("gpu", 2)
     meter.start()
-    assert meter.stop().why == "nvidia-smi is not on PATH"
+    found = meter.stop()
+    assert found.joules == joules
+    assert found.source.startswith("NVML, the counters of 2 GPU(s)") == (joules is not None)

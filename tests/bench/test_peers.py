@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxhisto.bench import peer_child, peers, peers_augment, peers_read, peers_t
 from jaxhisto.bench.peer_job import PeerJob, Prepared
 from jaxhisto.bench.record import Row
 from jaxhisto.bench.runner import Runner, measure
+from jaxhisto.bench_config import PeerName
 from jaxhisto.config import AugmentConfig, ModelConfig, OptimConfig, PretrainConfig
 from jaxhisto.distributed import make_mesh, to_global
 from jaxhisto.errors import ConfigError
@@ -286,6 +288,34 @@ def test_the_peak_of_a_peer_is_that_of_its_turn(monkeypatch):
 )
 def test_what_no_peer_is_measured_at(settings, why):
     assert why in peers.prepare_peer("step", settings, "pytorch").why
+
+
+def test_torch_compile_as_it_comes_and_as_it_tunes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **more: asked.append(more) or model)
+    for who in ("pytorch", "pytorch-compiled", "pytorch-autotuned"):
+        job = dataclasses.replace(JOB, who=who)
+        found = peers_torch.Setup(job).settings()
+        assert (found["torch_compile"], found["torch_compile_mode"]) == (bool(job.mode), job.mode)
+    assert asked == [{"mode": "default"}, {"mode": "max-autotune-no-cudagraphs"}]
+    assert set(peers.PEERS) == set(get_args(PeerName))
+
+
+def test_tuning_is_for_gpus_and_has_a_limit_of_its_own(monkeypatch):
+    row = peers.prepare_peer("step", {"platform": "cpu"}, "pytorch-autotuned")
+    assert row.why == "not measured: torch.compile tries kernels out on a GPU"
+    limits = []
+
+    class Process:
+        settings, turn, close = {}, None, None
+
+        def __init__(self, job, python, limit_s):
+            limits.append(limit_s)
+
+    monkeypatch.setattr(peers, "PeerProcess", Process)
+    for who in ("pytorch-autotuned", "pytorch-compiled"):
+        peers.prepare_peer("step", {"platform": "gpu"}, who)
+    assert limits == [peers.AUTOTUNE_LIMIT_S, peers.COMPILE_LIMIT_S]
 
 
 def test_environments_of_peers(interpreter):

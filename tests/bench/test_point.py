@@ -99,15 +99,15 @@ def test_a_peer_is_asked_for_the_step_on_given_views(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "device", "told"),
+    ("form", "platform", "told"),
     [
-        ("torchvision v2, float32 before blur", "NVIDIA H100", True),
-        ("kornia, by slice", "NVIDIA H100", False),
+        ("torchvision v2, float32 before blur", "gpu", True),
+        ("kornia, by slice", "gpu", False),
         ("torchvision v2, float32 before blur", "cpu", False),
     ],
 )
-def test_a_ratio_of_views_made_image_by_image_says_so(form, device, told):
-    peer = {"peer": {"augmentation": {"form": form}, "device": device}}
+def test_a_ratio_of_views_made_image_by_image_says_so(form, platform, told):
+    peer = {"peer": {"augmentation": {"form": form}}, "platform": platform}
     ours, given = (Row("step", "jaxhisto", AT | more, (1.0,) * 3, 8) for more in (
         {}, {"beside": GIVEN}))  # fmt: skip
     theirs = Row("step", "pytorch", AT | peer, (2.0,) * 3, 8)
@@ -118,5 +118,7 @@ def test_a_ratio_of_views_made_image_by_image_says_so(form, device, told):
     ending = ", its views image by image (kornia missing or slower)" if told else ""
     assert one_by_one(theirs) == ending
     assert against(theirs, ours) == f"2.00{ending}"
+    alone = Row("augment", "torchvision", AT | {"peer": {"form": form}, "platform": platform})
+    assert one_by_one(alone) == ending
     table = stages(record)
     assert "| step, given views | pytorch | 2 | 4 | 4 | 0% | 4.00" in table.replace("  ", " ")

@@ -54,8 +54,8 @@ def step(monkeypatch):
     asked = {}
 
     class Setup:
-        def __init__(self, point):
-            self.settings = {"batch": point.batch, "precision": point.precision}
+        def __init__(self, point, calls):
+            self.settings = {"batch": point.batch, "precision": point.precision, "calls": calls}
 
         def runner(self, stage):
             if asked.get("full"):
@@ -83,6 +83,7 @@ def test_the_peer_runs_where_ours_does(step, monkeypatch, capsys, platform, batc
     main()
     assert (asked["platform"], asked["augment"]) == (platform, False)
     assert (asked["batch"], asked["precision"]) == (batch, precision)
+    assert asked["calls"] == (1 if platform == "cpu" else 20)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("ratio 2.00 = ours 16.0 / pytorch 8.0 images/s (resnet18, 224 px, batch")
 
