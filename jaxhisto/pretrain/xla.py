@@ -20,11 +20,12 @@ ONE = re.compile(r"(xla_[a-z0-9_]+)=(\S*)")
 PASSES = "xla_disable_hlo_passes"
 
 
-def parsed(given: Sequence[str]) -> Options:
+def parsed(given: Sequence[str], flag: str = FLAG) -> Options:
     """The options by name.
 
     Args:
       given: `xla_name=value` each; true and false are booleans, and XLA itself reads numbers.
+      flag: that they came by.
 
     Raises:
       ConfigError: one that is not of this form, or that is given twice.
@@ -34,12 +35,12 @@ def parsed(given: Sequence[str]) -> Options:
         match = ONE.fullmatch(text)
         if match is None:
             raise ConfigError(
-                f"{FLAG} {text}: is no NAME=VALUE of an XLA option; write it as "
+                f"{flag} {text}: is no NAME=VALUE of an XLA option; write it as "
                 "xla_gpu_autotune_level=4, without dashes and spaces."
             )
         name, value = match.groups()
         if name in found:
-            raise ConfigError(f"{FLAG} {text}: {name} is given twice; keep one.")
+            raise ConfigError(f"{flag} {text}: {name} is given twice; keep one.")
         # XLA takes the word `true` for no boolean of its own, only JAX's.
         found[name] = {"true": True, "false": False}.get(value.lower(), value)
     return found
