@@ -30,8 +30,6 @@ CONFIG = PretrainConfig(
     optim=OptimConfig(rate=0.6, warmup_epochs=0.0),
 )
 FOLDED = replace(CONFIG, step=StepConfig(stem="space_to_depth"))
-# An option that changes the program's schedule alone, on a CPU.
-TUNED = replace(CONFIG, step=StepConfig(xla=("xla_cpu_prefer_vector_width=512",)))
 
 
 def one_step(config: PretrainConfig, devices: int) -> tuple[Any, Any]:
@@ -61,11 +59,9 @@ def off(ours: Any, theirs: Any) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "devices"), [(FOLDED, 1), (FOLDED, 4), (TUNED, 1)])
-def test_a_step_gives_the_same_loss_and_gradient(
-    plainly: Any, config: PretrainConfig, devices: int
-) -> None:
-    (state, metrics), (expected, expected_metrics) = one_step(config, devices), plainly
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_step_gives_the_same_loss_and_gradient(plainly: Any, devices: int) -> None:
+    (state, metrics), (expected, expected_metrics) = one_step(FOLDED, devices), plainly
     assert metrics["loss"] == pytest.approx(expected_metrics["loss"], rel=1e-5)
     assert off(metrics["gradient"], expected_metrics["gradient"]) < 1e-3
     assert off(state.batch_stats, expected.batch_stats) < 1e-5
