@@ -199,8 +199,8 @@ class MemoryConfig:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed; what is learnt is the same, but for rounding. `jaxhisto bench
-    --variants` measures which of it is faster on a machine."""
+    """How a step is computed, which `bench --variants` measures; it learns the same, but for
+    rounding."""
 
     stem: Literal["plain", "space_to_depth"] = field(default="plain", metadata=OPERATIONAL)
     """The first convolution: `space_to_depth`, 2x2 pixels as twelve channels under a 4x4 kernel in
