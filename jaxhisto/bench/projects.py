@@ -97,8 +97,8 @@ def run_variants(config: BenchConfig) -> Path:
     for row in record.rows:
         if "variant" in row.settings:
             plain = variants.plain_of(row, record.rows)
-            say(f"{run.described(row.settings)}, {row.settings['variant']}: kept: "
-                f"{variants.outcome(plain, row)}")  # fmt: skip
+            kept = variants.outcome(plain, row, machine["platform"] == "cpu")
+            say(f"{run.described(row.settings)}, {row.settings['variant']}: kept: {kept}")
     return path
 
 

@@ -113,9 +113,9 @@ COUNTED = f"""## How it is counted
   were measured. Bytes that a cache holds can make the second more than the whole. Training from a
   store is input-bound where it is more than 10 % slower than the step beside it.
 - **Variants** are tried, not predicted. *Kept* is one whose slowest turn is at least {LEAST:.0%}
-  quicker than the fastest of the plain step beside it. The loss compared is that of the second
-  step, which has the first's gradient in it. Options of fast math are left out: they change what
-  is learnt.
+  quicker than the fastest of the plain step beside it; where the clock is inconclusive, on a CPU by
+  the seconds that its cores worked. The loss compared is that of the second step, which has the
+  first's gradient in it. Options of fast math are left out: they change what is learnt.
 - **Peak memory**: on an accelerator the most since the process began, so that a stage's is at most
   that; stages that take more come later. On a CPU, the process's while the stage ran.
 """
@@ -310,8 +310,9 @@ def starts(record: Record) -> str:
 
 def variants(record: Record) -> str:
     """The step in other forms."""
+    on_cpu = record.machine.get("platform") == "cpu"
     rows = [
-        of_the_step.cells(row, record.rows, worded(same(row.settings, KEYS)))
+        of_the_step.cells(row, record.rows, worded(same(row.settings, KEYS)), on_cpu)
         for row in record.rows
         if "variant" in row.settings
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jaxhisto.bench import memory
@@ -185,15 +185,26 @@ def settings_of(variant: Variant) -> dict[str, str]:
     return {"variant": variant.name, "flags": variant.flags, "beside": PLAIN}
 
 
-def outcome(plain: Row | None, row: Row) -> str:
-    """Whether a variant is worth setting, of the turns that it took with the plain step."""
+def outcome(plain: Row | None, row: Row, on_cpu: bool) -> str:
+    """Whether a variant is worth setting, of the turns that it took with the plain step.
+
+    By the clock; on a CPU, where that is inconclusive, by the seconds that its cores worked.
+    """
     if row.why or plain is None or not plain.seconds:
         return "no figure"
-    if not (row.conclusive and plain.conclusive):
-        return "inconclusive"
-    if max(row.seconds) <= (1 - LEAST) * min(plain.seconds):
+    if row.conclusive and plain.conclusive:
+        return judged(plain.seconds, row.seconds)
+    worked = [replace(r, seconds=r.cpu_seconds) for r in (plain, row)]
+    if on_cpu and all(r.conclusive for r in worked):
+        return f"{judged(*(r.seconds for r in worked))}, by core s"
+    return "inconclusive"
+
+
+def judged(plain: Sequence[float], ours: Sequence[float]) -> str:
+    """What two series of turns say: whether they lie apart by LEAST."""
+    if max(ours) <= (1 - LEAST) * min(plain):
         return "yes"
-    if max(plain.seconds) <= (1 - LEAST) * min(row.seconds):
+    if max(plain) <= (1 - LEAST) * min(ours):
         return "no, slower"
     return "no, not beyond the spread"
 
@@ -208,11 +219,11 @@ HEAD = ("setting", "variant", "kept", "time / plain", "s, median", "plain, s", "
         "plain's spread", "by core s", "loss off by", "set by")  # fmt: skip
 
 
-def cells(row: Row, rows: tuple[Row, ...], at: str) -> list[str]:
+def cells(row: Row, rows: tuple[Row, ...], at: str, on_cpu: bool) -> list[str]:
     """A line of the report's table, as `HEAD`."""
     name, flags = row.settings["variant"], row.settings["flags"]
     set_by, plain = f"`{flags}`" if flags else "", plain_of(row, rows)
-    kept = outcome(plain, row)
+    kept = outcome(plain, row, on_cpu)
     if row.why or plain is None or not plain.seconds:
         return [at, name, f"{kept}: {row.why}" if row.why else kept, *[""] * 7, set_by]
     return [
@@ -224,7 +235,7 @@ def cells(row: Row, rows: tuple[Row, ...], at: str) -> list[str]:
         f"{plain.median:.4g}",
         f"{row.spread:.0%}",
         f"{plain.spread:.0%}",
-        ratio(row.cpu_seconds, plain.cpu_seconds),
+        ratio(row.cpu_seconds, plain.cpu_seconds) if on_cpu else "",
         loss_off(plain, row),
         set_by,
     ]

@@ -19,8 +19,8 @@ AT = {"model": "resnet18", "tile_px": 64, "batch": 8, "precision": "f32", "devic
 STEM, SLOW, WRONG = Variant("a", "space_to_depth"), Variant("b", forms="plain"), Variant("c")
 
 
-def row(seconds=(1.0, 1.1, 1.05), why="", **settings):
-    return Row("step", "jaxhisto", AT | settings, tuple(seconds), 8, why=why)
+def row(seconds=(1.0, 1.1, 1.05), why="", worked=(), **settings):
+    return Row("step", "jaxhisto", AT | settings, tuple(seconds), 8, why=why, cpu_seconds=worked)
 
 
 def pair(variant, seconds, plain=(1.0, 1.1, 1.05), **settings):
@@ -33,15 +33,32 @@ def pair(variant, seconds, plain=(1.0, 1.1, 1.05), **settings):
 def test_kept_is_what_is_quicker_beyond_the_spread():
     """Against turns of 1.0 to 1.1 s: the slowest must take 0.98 s or less."""
     plain = row()
-    assert outcome(plain, row((0.9, 0.98))) == "yes"
-    assert outcome(plain, row((0.9, 0.981))) == "no, not beyond the spread"
-    assert outcome(plain, row((1.0, 1.1))) == "no, not beyond the spread"
-    assert outcome(plain, row((1.13, 1.2))) == "no, slower"
-    assert outcome(plain, row((1.12, 1.2))) == "no, not beyond the spread"
-    assert outcome(plain, row((0.5, 0.7))) == "inconclusive"  # 40 % between its own turns
-    assert outcome(row((1.0, 1.3)), row((0.5, 0.5))) == "inconclusive"
-    assert outcome(plain, row((), why="XLA refuses")) == "no figure"
-    assert outcome(None, row((0.5,))) == "no figure"
+    for seconds, said in (
+        ((0.9, 0.98), "yes"),
+        ((0.9, 0.981), "no, not beyond the spread"),
+        ((1.0, 1.1), "no, not beyond the spread"),
+        ((1.13, 1.2), "no, slower"),
+        ((1.12, 1.2), "no, not beyond the spread"),
+        ((0.5, 0.7), "inconclusive"),  # 40 % between its own turns
+    ):
+        assert outcome(plain, row(seconds), on_cpu=False) == said, seconds
+    assert outcome(row((1.0, 1.3)), row((0.5, 0.5)), on_cpu=False) == "inconclusive"
+    assert outcome(plain, row((), why="XLA refuses"), on_cpu=True) == "no figure"
+    assert outcome(None, row((0.5,)), on_cpu=True) == "no figure"
+
+
+def test_where_others_took_the_clock_a_cpus_own_seconds_count():
+    plain, quick = (row((1.0, 3.0), worked=w) for w in ((1.0, 1.1), (0.9, 0.98)))
+    assert outcome(plain, quick, on_cpu=True) == "yes, by core s"
+    assert outcome(quick, plain, on_cpu=True) == "no, slower, by core s"
+    # On an accelerator they are those of the host, which only waits.
+    assert outcome(plain, quick, on_cpu=False) == "inconclusive"
+    assert outcome(plain, row((1.0, 3.0)), on_cpu=True) == "inconclusive"
+    assert outcome(plain, row((1.0, 3.0), worked=(0.5, 0.7)), on_cpu=True) == "inconclusive"
+    # The clock goes first where it says something.
+    assert outcome(row(worked=(1.0,)), row((1.0,), worked=(0.5,)), on_cpu=True).startswith(
+        "no, not"
+    )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
