@@ -87,12 +87,14 @@ class Setup:
     Every program is compiled for the arrays it is called with, so that a turn times no compiler.
 
     Args:
+      point: what is measured.
+      config: in other settings than the point's own; it has its batch.
       calls: of a program in a turn, with one wait at their end: on an accelerator a single one is
         short, and half of it may be its launch.
     """
 
-    def __init__(self, point: Point, calls: int = 1) -> None:
-        self.point, self.config = point, point.config()
+    def __init__(self, point: Point, config: PretrainConfig | None = None, calls: int = 1) -> None:
+        self.point, self.config = point, config or point.config()
         self.calls = calls
         self.mesh: Mesh = make_mesh(point.devices)
         self._steps: dict[tuple[int, ...], Any] = {}

@@ -162,14 +162,31 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
         cost.measure_speed(recipe, {"platform": "gpu"}, 1, 3)
 
 
-def test_energy_of_the_turns_alone(monkeypatch):
-    from jaxhisto.bench import cost_child
-
-    monkeypatch.setattr(cost_child, "LONG_S", 0.0)
+def test_energy_of_the_turns_alone():
     runner = Runner("step", "jaxhisto", lambda: None, 32, AT)
-    found = measured(runner, energy.Meter("tpu"), 4)
+    found = measured(runner, energy.Meter("tpu"), 4, 0.0, 0.0)
     assert (len(found["row"]["seconds"]), found["images"]) == (4, 128)
     assert found["energy"]["why"] == "no meter for tpu devices"
+
+
+def test_the_meter_begins_when_the_device_is_warm(monkeypatch):
+    clock, done = [0.0], []
+    monkeypatch.setattr("jaxhisto.bench.cost_child.time.perf_counter", lambda: clock[0])
+
+    class Meter:
+        def start(self):
+            done.append(("start", clock[0]))
+
+        def stop(self):
+            done.append(("stop", clock[0]))
+            return energy.Energy(1.0, 1.0)
+
+    def run():
+        clock[0] += 0.5
+
+    found = measured(Runner("step", "jaxhisto", run, 32, AT), Meter(), 3, 2.0, 15.0)
+    assert done == [("start", 2.5), ("stop", 17.5)]  # after the one that compiles, 2 s
+    assert len(found["row"]["seconds"]) == 30
 
 
 @pytest.fixture
