@@ -335,7 +335,8 @@ def line_of(row: Row) -> str:
     if row.why:
         return f"{name}: no figure, {row.why}"
     speed = f", {row.images_per_s:,.1f} images/s" if row.images and row.median > 0 else ""
-    noise = f" (inconclusive: {row.doubt})" if row.doubt else ""
+    single = row.stage == "compile" or not row.median > 0  # one go, or nothing to do: none is meant
+    noise = f" (inconclusive: {row.doubt})" if row.doubt and not single else ""
     return f"{name}: {row.median:.4g} s{speed}, spread {row.spread:.0%}{noise}"
 
 
