@@ -83,6 +83,12 @@ class BenchConfig:
     `models`), around the first of each."""
     limit: float = within(30.0, 0.1, 1e6)
     """Of `growth`: sizes whose step is expected to take longer, in seconds, are not run."""
+    variants: bool = False
+    """Instead: the whole step by turns with itself in other forms, the space-to-depth stem and
+    options of XLA (of this platform, and for several devices): which are quicker here. `steps` of
+    them are a turn; 0: 1 on a CPU, 20 on an accelerator."""
+    xla: tuple[str, ...] = ()
+    """Of `variants`: options NAME=VALUE, as `pretrain --step.xla`, together one variant more."""
     recipe: str = ""
     """Instead: what training by this recipe (a TOML file or the name of a shipped one) costs, and
     the paper's beside it: hours, accelerator-hours, energy."""

@@ -198,6 +198,20 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class StepConfig:
+    """How a step is computed, which `bench --variants` measures; it learns the same, but for
+    rounding."""
+
+    stem: Literal["plain", "space_to_depth"] = field(default="plain", metadata=OPERATIONAL)
+    """The first convolution: `space_to_depth`, 2x2 pixels as twelve channels under a 4x4 kernel in
+    place of 7x7 with stride 2; what is saved and exported stays 7x7. Ours."""
+    xla: tuple[str, ...] = field(default=(), metadata=OPERATIONAL)
+    """Options of the XLA compiler for the step, NAME=VALUE, as
+    `xla_gpu_enable_latency_hiding_scheduler=true`; names that this XLA does not know are refused.
+    Options of fast math change what is learnt."""
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """Several processes; docs/pods.md has the lines for each kind of cluster."""
 
@@ -270,6 +284,7 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    step: StepConfig = field(default_factory=StepConfig)
     init: str = ""
     """Start from this encoder instead of random weights: a run folder, an encoder.safetensors
     (`jaxhisto import` writes one of other people's files), or a name of `jaxhisto zoo list`."""

@@ -54,6 +54,8 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
             # Also where the caller is interrupted or stops asking: the child must not go on.
             process.kill()
             process.wait()
+            if process.stdout:
+                process.stdout.close()
         said.seek(0)
         end(process.returncode, said.read())
 

@@ -20,7 +20,7 @@ from jaxhisto.config import DataConfig, PretrainConfig
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.flags import config_file
 from jaxhisto.pretrain.plan import check_batch, schedule_length
-from jaxhisto.settings import from_json
+from jaxhisto.settings import from_json, to_json
 
 PAPER_TILES, PAPER_EPOCHS, PAPER_BATCH, PAPER_SIDE = 500_000, 1000.0, 512, 224
 """Ciga, Xu, Martel, sec. 5: `half a million images`, and sec. 4."""
@@ -181,6 +181,8 @@ def scaled(config: PretrainConfig, row: Row) -> tuple[float, list[str]]:
         beyond.append(f"measured in {of['precision']}, the recipe trains in {config.precision}")
     if of["batch"] != config.batch_size:
         beyond.append(f"the speed at batch {of['batch']} is taken for {config.batch_size}")
+        if config.memory.accumulate > 1:
+            beyond.append(f"and in one go for one in {config.memory.accumulate} micro-batches")
     if not row.conclusive:
         beyond.append(f"inconclusive: the turns spread by {row.spread:.0%}")
     return factor, beyond
@@ -208,6 +210,7 @@ def speeds_of(record: Record, config: PretrainConfig) -> list[Speed]:
     found: dict[str, Row] = {}
     for row in record.rows:
         usable = row.stage in ("step", "pipeline") and row.seconds and row.images
+        usable = usable and "variant" not in row.settings  # what the recipe does not set
         if usable and (row.who not in found or away(row) < away(found[row.who])):
             found[row.who] = row
     if OURS not in found:
@@ -237,6 +240,7 @@ def measure_speed(
     """
     on_cpu = machine["platform"] == "cpu"
     batch = min(config.batch_size, CPU_BATCH) if on_cpu else config.batch_size
+    job = {"what": "cost", "repeats": repeats, "recipe": to_json(config)}
     while batch >= SMALLEST:
         point = {
             "model": config.model.name,
@@ -246,7 +250,7 @@ def measure_speed(
             "devices": devices,
         }
         try:
-            for answer in ask({"what": "cost", "point": point, "repeats": repeats}, env):
+            for answer in ask(job | {"point": point}, env):
                 row = row_from_json(answer["row"])
                 if row.seconds:
                     return Speed(OURS, row, answer["energy"], answer["images"])

@@ -81,10 +81,13 @@ class Setup:
     """What the stages of a point share: mesh, state, a batch, and the programs, each made once.
 
     Every program is compiled for the arrays it is called with, so that a turn times no compiler.
+
+    Args:
+      point: what is measured. config: in other settings than the point's own; it has its batch.
     """
 
-    def __init__(self, point: Point) -> None:
-        self.point, self.config = point, point.config()
+    def __init__(self, point: Point, config: PretrainConfig | None = None) -> None:
+        self.point, self.config = point, config or point.config()
         self.mesh: Mesh = make_mesh(point.devices)
         self._steps: dict[tuple[int, ...], Any] = {}
         self.settings = asdict(point) | {

@@ -41,6 +41,11 @@ def main() -> int:
 
             for entry in entries(job):
                 answer(entry=entry)
+        elif job["what"] == "variants":
+            from jaxhisto.bench import variants_child
+
+            for row in variants_child.rows(job, lambda text: answer(say=text)):
+                answer(row=row_to_json(row))
         elif job["what"] == "cost":
             from jaxhisto.bench import cost_child
 

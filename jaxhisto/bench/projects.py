@@ -1,12 +1,14 @@
-"""`jaxhisto bench --growth` and `--recipe`: what is measured for a purpose, and its record."""
+"""`jaxhisto bench --growth`, `--variants` and `--recipe`: what has a purpose, and its record."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from jaxhisto.bench.cost import Speed
 from jaxhisto.bench.record import Record, read_record, write_record
+from jaxhisto.bench.verdict import verdicts
 from jaxhisto.bench_config import BenchConfig
 from jaxhisto.config import PretrainConfig
 from jaxhisto.console import say
@@ -53,6 +55,50 @@ def run_growth(config: BenchConfig) -> Path:
     series = series_of(point, sizes, sides, models)
     found = measure_growth(series, config.repeats, config.limit, env)
     write_record(path, dataclasses.replace(record, more={"growth": found}))
+    return path
+
+
+def run_variants(config: BenchConfig) -> Path:
+    """Measures the step in its variants, at each model, side and batch.
+
+    Returns:
+      The record's path; the rows of variants hold `variant` and `flags`.
+
+    Raises:
+      ConfigError: options that are none. RunError: the plain step cannot be measured.
+    """
+    from jaxhisto.bench import run, variants
+    from jaxhisto.pretrain.xla import parsed
+
+    parsed(config.xla, "--xla")
+    run.check(config)
+    run.limit_cores(config.threads)
+    path = Path(config.out or "variants.json")
+    machine = run.machine_of(dataclasses.replace(config, stages=("step",)))
+    say(run.heading(machine))
+    base = run.completed(config, machine)
+    # Steps of a turn: on a CPU one is long enough, on an accelerator one is mostly its launch.
+    steps = config.steps or (1 if machine["platform"] == "cpu" else base.steps)
+    record = Record(run.said_settings(dataclasses.replace(base, steps=steps)), machine)
+    write_record(path, record)
+    env = run.devices_env(base, machine)
+    tried = variants.variants_of(machine["platform"], base.devices, config.xla)
+    for side, batch, model in itertools.product(base.tile_px, base.batch_sizes, base.models):
+        point = {"model": model, "tile_px": side, "batch": batch, "precision": base.precision,
+                 "devices": base.devices}  # fmt: skip
+        for found in variants.measured(point, tried, steps, config.repeats, env):
+            if isinstance(found, str):
+                say(f"{run.described(point)}: {found}")
+                continue
+            say(f"{run.described(point)}: {run.line_of(found)}")
+            record = dataclasses.replace(record, rows=(*record.rows, found))
+            record = dataclasses.replace(record, verdict=verdicts(record))
+            write_record(path, record)
+    for row in record.rows:
+        if "variant" in row.settings:
+            plain = variants.plain_of(row, record.rows)
+            kept = variants.outcome(plain, row, machine["platform"] == "cpu")
+            say(f"{run.described(row.settings)}, {row.settings['variant']}: kept: {kept}")
     return path
 
 

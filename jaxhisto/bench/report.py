@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxhisto.bench import cost as cost_to_train
 from jaxhisto.bench import growth_report
+from jaxhisto.bench import variants as of_the_step
 from jaxhisto.bench.record import (
     BOUND,
     OF_DATA,
@@ -21,6 +22,7 @@ from jaxhisto.bench.record import (
     find,
     read_record,
 )
+from jaxhisto.bench.variants import LEAST
 from jaxhisto.bench.verdict import KEYS, peaks_of, same, verdicts
 from jaxhisto.console import counted
 from jaxhisto.errors import RunError
@@ -110,6 +112,10 @@ COUNTED = f"""## How it is counted
   largest share of it alone: operations at the peak, bytes at the bandwidth, collectives as they
   were measured. Bytes that a cache holds can make the second more than the whole. Training from a
   store is input-bound where it is more than 10 % slower than the step beside it.
+- **Variants** are tried, not predicted. *Kept* is one whose slowest turn is at least {LEAST:.0%}
+  quicker than the fastest of the plain step beside it; where the clock is inconclusive, on a CPU by
+  the seconds that its cores worked. The loss compared is that of the second step, which has the
+  first's gradient in it. Options of fast math are left out: they change what is learnt.
 - **Peak memory**: on an accelerator the most since the process began, so that a stage's is at most
   that; stages that take more come later. On a CPU, the process's while the stage ran.
 """
@@ -267,7 +273,7 @@ def pipelines(record: Record) -> str:
     """Training from a store, by cache."""
     rows = []
     for row in record.rows:
-        beside = row.stage == "step" and "beside" in row.settings
+        beside = row.stage == "step" and row.settings.get("beside") == "pipeline"
         if row.stage != "pipeline" and not beside:
             continue
         name = "tiles that are there" if beside else f"cache {row.settings.get('cache')}"
@@ -302,6 +308,19 @@ def starts(record: Record) -> str:
     return "### Start\n\n" + table(("what", "who", "s", "core s", "spread"), rows)
 
 
+def variants(record: Record) -> str:
+    """The step in other forms."""
+    on_cpu = record.machine.get("platform") == "cpu"
+    rows = [
+        of_the_step.cells(row, record.rows, worded(same(row.settings, KEYS)), on_cpu)
+        for row in record.rows
+        if "variant" in row.settings
+    ]
+    if not rows:
+        return ""
+    return "### Variants of the step, by turns\n\n" + table(of_the_step.HEAD, rows)
+
+
 def growth(record: Record) -> str:
     """Exponents, where they were measured."""
     found = record.more.get("growth")
@@ -314,7 +333,7 @@ def cost(record: Record) -> str:
     return cost_to_train.section(found) if found else ""
 
 
-SECTIONS: tuple[Section, ...] = (says, stages, pipelines, starts, growth, cost)
+SECTIONS: tuple[Section, ...] = (says, stages, pipelines, variants, starts, growth, cost)
 """What a record has a part for, in order."""
 
 

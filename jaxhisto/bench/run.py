@@ -297,7 +297,9 @@ def line_of(row: Row) -> str:
     name = row.stage if row.who == OURS else f"{row.stage}, {row.who}"
     if "cache" in row.settings and row.stage == "pipeline":
         name += f", cache {row.settings['cache']}"
-    if "beside" in row.settings:
+    if "variant" in row.settings:
+        name += f", {row.settings['variant']}"
+    elif "beside" in row.settings:
         name += f", beside {row.settings['beside']}"
     if row.why:
         return f"{name}: no figure, {row.why}"

@@ -27,7 +27,7 @@ def bench(config: BenchConfig) -> int:
 
 
 def measured(config: BenchConfig) -> Path:
-    """The record of what the settings ask for: a recipe's cost, growth, or the stages."""
+    """The record of what the settings ask for: a recipe's cost, growth, variants, or the stages."""
     if config.recipe:
         from jaxhisto.bench.projects import run_cost
 
@@ -36,6 +36,10 @@ def measured(config: BenchConfig) -> Path:
         from jaxhisto.bench.projects import run_growth
 
         return run_growth(config)
+    if config.variants:
+        from jaxhisto.bench.projects import run_variants
+
+        return run_variants(config)
     from jaxhisto.bench.run import run_bench
 
     return run_bench(config)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxhisto.models import stem
 from jaxhisto.models.batchnorm import STATISTICS, BatchNorm
 from jaxhisto.models.convolution import convolutions, convolve
 from jaxhisto.models.pooling import max_pool
@@ -28,6 +29,8 @@ BLOCKS: dict[str, tuple[int, int, int, int]] = {
     "resnet101": (3, 4, 23, 3),
 }
 BOTTLENECK = ("resnet50", "resnet101")
+
+StemForm = Literal["plain", "space_to_depth"]
 
 
 def feature_width(name: str) -> int:
@@ -86,6 +89,23 @@ class Conv(nnx.Conv):
         """
         x, kernel = inputs.astype(self.dtype), self.kernel[...].astype(self.dtype)
         return convolve(x, kernel, self.stride, self.precision, fast=train)
+
+
+class Stem(Conv):
+    """The first convolution, 3 to 64 channels; in training in the form asked for."""
+
+    def __init__(self, dtype: DTypeLike, form: StemForm):
+        self.form = form
+        super().__init__(3, 64, stem.SIDE, stem.STRIDE, dtype)
+
+    def __call__(
+        self, inputs: jax.Array, out_sharding: Any = None, *, train: bool = False
+    ) -> jax.Array:
+        """(N, H, W, 3) to (N, ceil(H/2), ceil(W/2), 64)."""
+        if not train or self.form == "plain":
+            return super().__call__(inputs, train=train)
+        x, kernel = inputs.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return stem.space_to_depth(x, kernel, self.precision)
 
 
 class Shortcut(Numbered):
@@ -183,15 +203,21 @@ class ResNet(nnx.Module):
       group: rows that BatchNorm normalises together; 0: all.
       remat: in training, keep the input of each block alone and compute the rest again, with
         XLA's own convolutions: the temporaries of the CPU's fast forms take what this saves.
+      form: of the first convolution in training; its kernel is the same in both.
     """
 
     def __init__(
-        self, name: str, dtype: DTypeLike = jnp.float32, group: int = 0, remat: bool = False
+        self,
+        name: str,
+        dtype: DTypeLike = jnp.float32,
+        group: int = 0,
+        remat: bool = False,
+        form: StemForm = "plain",
     ):
         block = Bottleneck if name in BOTTLENECK else BasicBlock
         self.dtype = dtype
         self.remat = remat
-        self.conv1 = Conv(3, 64, 7, 2, dtype)
+        self.conv1 = Stem(dtype, form)
         self.bn1 = BatchNorm(64, group)
         counts = BLOCKS[name]
         grown = 64 * block.expansion
@@ -221,7 +247,11 @@ class ResNet(nnx.Module):
 
 
 def build_resnet(
-    name: str, dtype: DTypeLike = jnp.float32, group: int = 0, remat: bool = False
+    name: str,
+    dtype: DTypeLike = jnp.float32,
+    group: int = 0,
+    remat: bool = False,
+    form: StemForm = "plain",
 ) -> ResNet:
     """An encoder without weights; `name` is one of `resnet10, 18, 34, 50, 101`."""
-    return ResNet(name, dtype, group, remat)
+    return ResNet(name, dtype, group, remat, form)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxhisto.models.initial import initial
-from jaxhisto.models.resnet import Numbered, build_resnet, feature_width
+from jaxhisto.models.resnet import Numbered, StemForm, build_resnet, feature_width
 
 Tree = dict[str, Any]
 
@@ -31,9 +31,10 @@ class SimCLR(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         group: int = 0,
         remat: bool = False,
+        stem: StemForm = "plain",
     ):
         width = feature_width(name)
-        self.encoder = build_resnet(name, dtype, group, remat)
+        self.encoder = build_resnet(name, dtype, group, remat, stem)
         # 1 and 3, as in the published checkpoints: fc.0 and fc.2 have no parameters.
         self.projection = Numbered({1: _linear(width, width), 3: _linear(width, projection)})
 
@@ -54,6 +55,7 @@ def structure(
     *,
     bn_group: int = 0,
     remat: bool = False,
+    stem: StemForm = "plain",
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """The static part of the model and the shapes of (params, batch_stats), without memory.
 
@@ -62,8 +64,9 @@ def structure(
       dtype: of the convolutions.
       bn_group: consecutive images whose views BatchNorm normalises together; 0: all.
       remat: keep the inputs of the residual blocks alone and compute the rest again.
+      stem: form of the first convolution in training; the trees are the same in both.
     """
-    model = nnx.eval_shape(lambda: SimCLR(name, projection, dtype, VIEWS * bn_group, remat))
+    model = nnx.eval_shape(lambda: SimCLR(name, projection, dtype, VIEWS * bn_group, remat, stem))
     graphdef, *trees = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, stats = trees
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

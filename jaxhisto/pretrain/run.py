@@ -33,6 +33,7 @@ from jaxhisto.pretrain.step import augmented, init_state, make_train_step
 from jaxhisto.pretrain.stopping import Stopped, StopRequest, stop_requests
 from jaxhisto.pretrain.timing import StepClock
 from jaxhisto.pretrain.trust import report_trust_ratios
+from jaxhisto.pretrain.xla import check_options
 from jaxhisto.runlog import RunLog, read_metrics
 
 SHEET_TILES = 8
@@ -46,6 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
       metrics.jsonl, monitor.jsonl where asked for, checkpoints/, loss.png.
 
     Raises:
+      ConfigError: an option that XLA does not take.
       StoreError: data that is missing, damaged or smaller than a batch.
       ExportError: an encoder to start from that is none.
       RunError: another run in the folder, an encoder that does not fit, a batch the devices
@@ -62,6 +64,7 @@ def train(config: PretrainConfig, stop: StopRequest) -> Path:
     mesh = make_mesh(config.devices)
     if config.deterministic:
         xla_flags.check_deterministic(mesh.devices.flat[0].platform)
+    check_options(config.step.xla)
     tiles = open_tiles(config.data)
     stop.check()
     check_batch(config, len(tiles), mesh.size)

@@ -25,6 +25,7 @@ from jaxhisto.optim import build_optimizer, trust_norms
 from jaxhisto.pretrain.accumulate import Embed, LossAndGrads, in_micro_batches
 from jaxhisto.pretrain.loss import nt_xent
 from jaxhisto.pretrain.plan import check_groups
+from jaxhisto.pretrain.xla import Options, merged, parsed
 
 Tree = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -113,14 +114,18 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(config))
 
 
-def compiler_options(config: PretrainConfig) -> dict[str, str]:
-    """What XLA has to be told, so that what is to be computed again is not kept after all.
+def compiler_options(config: PretrainConfig) -> Options:
+    """What XLA is told: `step.xla`, and that what is to be computed again is not kept after all.
 
     Its CPU compiler drops the barriers between a value and its recomputation, and then merges
     the two as the same expression; on an accelerator it keeps them.
+
+    Raises:
+      ConfigError: as `xla.parsed`.
     """
     keep = config.memory.remat == "block" and jax.default_backend() == "cpu"
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if keep else {}
+    own: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if keep else {}
+    return merged(own, parsed(config.step.xla))
 
 
 def augmented(
@@ -184,6 +189,7 @@ def make_project(config: PretrainConfig) -> Embed:
         DTYPES[config.precision],
         bn_group=config.model.bn_group,
         remat=config.memory.remat == "block",
+        stem=config.step.stem,
     )
 
     def project(params: Tree, batch_stats: Tree, views: jax.Array) -> tuple[jax.Array, Tree]:

@@ -30,7 +30,7 @@ from lives import (
 )
 
 from jaxhisto.checkpoints import open_checkpoints
-from jaxhisto.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig
+from jaxhisto.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, StepConfig
 from jaxhisto.data.loader import batches
 from jaxhisto.data.sources import open_tiles
 from jaxhisto.distributed import make_mesh, to_global
@@ -134,6 +134,27 @@ def test_another_runs_checkpoints_are_refused_by_their_tensors(run, images):
     assert "128] there and float32[512, 64] here" in str(caught.value)
     with pytest.raises(RunError, match="another model"):
         newest(run)
+
+
+def test_what_xla_refuses_ends_before_the_run_begins(images, tmp_path, jaxhisto):
+    out = tmp_path / "run"
+    line = ("pretrain", "--data.stores", images, "--out", out, "--batch-size", 8, "--steps", 2)
+    for option, said in (("xla_no_such_thing=1", "No such compile option"), ("fast", "NAME=VALUE")):
+        code, _, err = jaxhisto(*line, "--step.xla", option)
+        assert code == 2
+        assert err.startswith("jaxhisto pretrain: --step.xla")
+        assert said in err
+        assert err.count("\n") == 1
+        assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_step_computed_otherwise_goes_on_with_the_same_run(run, images, capfd):
+    form = StepConfig(stem="space_to_depth", xla=("xla_cpu_prefer_vector_width=512",))
+    pretrain(config_of(images, run, steps=8, extend=True, step=form))
+    assert "resuming at step 6" in capfd.readouterr().out
+    assert len(read_metrics(run)) == 8
+    assert json.loads((run / "config.json").read_text())["step"]["stem"] == "space_to_depth"
 
 
 def test_the_names_of_a_batch_are_those_that_were_read(images, tmp_path):
