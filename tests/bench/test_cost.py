@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 
 from jaxhisto.bench import cost, energy, projects
 from jaxhisto.bench.child import OutOfMemory
-from jaxhisto.bench.cost_child import measured
+from jaxhisto.bench.cost_child import measured, trained
+from jaxhisto.bench.ours import Point
 from jaxhisto.bench.record import Record, Row, read_record, row_to_json, write_record
 from jaxhisto.bench.runner import Runner
 from jaxhisto.bench_config import BenchConfig
+from jaxhisto.config import MemoryConfig, ModelConfig
 from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.flags import shipped_configs
 
@@ -167,6 +171,67 @@ def test_energy_of_the_turns_alone():
     found = measured(runner, energy.Meter("tpu"), 4, 0.0, 0.0)
     assert (len(found["row"]["seconds"]), found["images"]) == (4, 128)
     assert found["energy"]["why"] == "no meter for tpu devices"
+
+
+def test_what_is_measured_is_the_recipes_own_step():
+    """Its augmentation, optimizer and memory, not the defaults of the bench."""
+    recipe = dataclasses.replace(
+        cost.read_recipe(RECIPE),
+        memory=MemoryConfig(remat="block", accumulate=4),
+        model=ModelConfig(bn_group=64),
+    )
+    recipe = dataclasses.replace(
+        recipe, augment=dataclasses.replace(recipe.augment, jitter="heavy")
+    )
+    whole = trained(recipe, Point("resnet18", 224, 512, "bf16"))
+    assert whole == recipe
+    part = trained(recipe, Point("resnet18", 224, 32, "f32"))
+    assert (part.augment.jitter, part.memory.remat) == ("heavy", "block")
+    assert (part.batch_size, part.precision) == (32, "f32")
+    assert (part.memory.accumulate, part.model.bn_group) == (1, 0)
+    (found, _) = cost.costs(recipe, "mine", 5120, [cost.Speed("jaxhisto", row(batch=32), {})])
+    assert "and in one go for one in 4 micro-batches" in found["beyond"]
+
+
+TINY = """batch_size = 16
+tile_px = 32
+epochs = 3
+precision = "f32"
+[model]
+name = "resnet10"
+[augment]
+blur_probability = 0.0
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_measured_in_a_process_of_its_own(tmp_path):
+    """The projection is that of the row which the process measured, by hand."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxhisto.cli", "bench", "--recipe", "tiny.toml", "--tiles", "4100",
+         "--repeats", "3", "--out", "cost.json"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = read_record(tmp_path / "cost.json")
+    (measured_row,) = found.rows
+    assert measured_row.settings["model"] == "resnet10"
+    assert len(measured_row.seconds) >= 3
+    assert sum(measured_row.seconds) >= 5.0
+    assert len(measured_row.cpu_seconds) == len(measured_row.seconds)
+    mine, papers = found.more["cost"]
+    speed = 16 / statistics.median(measured_row.seconds)
+    images = 256 * 16 * 3  # whole batches of 4,100 tiles, three times
+    assert (mine["tiles"], mine["steps"], mine["batch"]) == (4100, 768, 16)
+    assert mine["images_per_s"] == pytest.approx(speed)
+    assert mine["hours"] == pytest.approx(images / speed / 3600)
+    assert mine["accelerator_hours"] == mine["hours"]
+    # 49 times the pixels, less what does not grow with them: head and loss.
+    assert 46 < mine["images_per_s"] / papers["images_per_s"] < 49
+    assert papers["hours"] == pytest.approx(976_000 * 512 / papers["images_per_s"] / 3600)
+    assert (mine["kwh"] is None) == bool(mine["why"])
+    assert "tiny, 4,100 tiles, resnet10, jaxhisto: " in done.stdout
 
 
 def test_the_meter_begins_when_the_device_is_warm(monkeypatch):
