@@ -67,6 +67,7 @@ def test_a_host_that_is_missing_is_named(images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_refused_and_so_is_a_coordinator_that_is_none(images, tmp_path):
     flags = line(images, tmp_path / "run", "--distributed.start-timeout", 2)
     with (

@@ -214,6 +214,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(images):
     assert "/proc/run" in refused(pretrain(Path("/proc/run"), images))
 
 
+@pytest.mark.slow
 def test_a_start_that_died_before_its_config_counts_as_nothing(images, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
@@ -239,6 +240,7 @@ def test_extend_goes_on_and_never_back(images, tmp_path):
     assert len(losses(out)) == 5
 
 
+@pytest.mark.slow
 def test_a_second_process_is_kept_out_of_a_run(images, tmp_path):
     out = tmp_path / "run"
     args = ("pretrain", *FLAGS, "--data.stores", images, "--out", out, "--steps", 2000)
@@ -251,6 +253,7 @@ def test_a_second_process_is_kept_out_of_a_run(images, tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_the_last_whole_checkpoint_kept(images, tmp_path):
     small = tmp_path / "small"
     small.mkdir()

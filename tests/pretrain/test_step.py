@@ -122,6 +122,7 @@ def test_devices_do_not_change_the_training(on_one: Step, on_four: Step) -> None
     assert error < 1e-4, where
 
 
+@pytest.mark.slow
 def test_that_comparison_sees_negatives_of_the_own_device_only(
     on_one: Step, batch: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
