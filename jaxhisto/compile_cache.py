@@ -6,6 +6,8 @@ import hashlib
 import os
 import platform
 import sys
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +24,25 @@ def keep_compiled() -> None:
     """
     if WHERE in os.environ:
         return
-    os.environ[WHERE] = str(caches() / "jaxhisto" / "compiled" / processor())
+    where = caches() / "jaxhisto" / "compiled" / processor()
+    os.environ[WHERE] = str(where)
     if find_spec("filelock"):  # without it JAX keeps to no limit: it refuses to keep anything
         os.environ.setdefault(MOST, str(LIMIT))
+        drop_unmarked(where)
+
+
+def drop_unmarked(folder: Path, older_s: float = 60) -> None:
+    """Removes programs without a time of use beside them, where they are older than that.
+
+    A process that was killed while it wrote leaves one, perhaps half-written; so does a start
+    without filelock. With a limit JAX stops at the first of them, with a warning at each program,
+    and keeps nothing new (jax issue 39880). Younger ones may be another process's at work.
+    """
+    for program in folder.glob("*-cache"):
+        mark = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with suppress(OSError):  # read only, or removed by another process meanwhile
+            if not mark.exists() and time.time() - program.stat().st_mtime > older_s:
+                program.unlink()
 
 
 def caches() -> Path:

@@ -27,7 +27,7 @@ def images(tmp_path_factory):
 
 def pretrain(images: Path, out: Path, cache: Path, *flags: str, **env: str) -> None:
     line = [sys.executable, "-m", "jaxhisto.cli", "pretrain", "--data.stores", str(images)]
-    line += ["--out", str(out), "--model.name", "resnet18", "--tile-px", "32", "--batch-size", "4"]
+    line += ["--out", str(out), "--model.name", "resnet10", "--tile-px", "32", "--batch-size", "4"]
     line += ["--steps", "2", *flags]
     kept = {k: v for k, v in os.environ.items() if k not in (WHERE, "XLA_FLAGS")}
     done = subprocess.run(
@@ -58,6 +58,33 @@ def test_a_second_start_compiles_nothing_and_trains_the_same(images, tmp_path):
         losses.append([json.loads(line)["loss"] for line in lines])
     assert len(losses[0]) == 2
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="caches lie elsewhere there")
+def test_what_a_killed_start_left_is_compiled_anew_without_a_word(images, tmp_path):
+    """JAX would say "Error writing" at each program, and keep no more of them."""
+    cache = tmp_path / "cache"
+    pretrain(images, tmp_path / "a", cache)
+    first = programs(cache / "jaxhisto")
+    [step] = cache.rglob("jit_step-*-cache")
+    step.write_bytes(step.read_bytes()[:1000])
+    step.with_name(step.name.removesuffix("-cache") + "-atime").unlink()
+    os.utime(step, (0, 0))
+    pretrain(images, tmp_path / "b", cache)
+    assert programs(cache / "jaxhisto").keys() == first.keys()
+    assert step.stat().st_size > 1000
+
+
+def test_programs_at_work_and_marked_ones_stay(tmp_path):
+    for name in ("old-cache", "new-cache", "marked-cache", "marked-atime", "other"):
+        (tmp_path / name).write_bytes(b"12345678")
+        if name != "new-cache":
+            os.utime(tmp_path / name, (0, 0))
+    compile_cache.drop_unmarked(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["marked-atime", "marked-cache", "new-cache", "other"]
+    compile_cache.drop_unmarked(tmp_path / "none")
 
 
 @pytest.mark.slow
