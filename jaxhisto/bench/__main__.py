@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"python -m jaxhisto.bench: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("python -m jaxhisto.bench: interrupted; start the same line again.", file=sys.stderr)
+        return 130
 
 
 def parsed(argv: Sequence[str]) -> BenchConfig:

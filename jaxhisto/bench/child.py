@@ -42,8 +42,9 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         own = {**room(os.environ), **os.environ, **(env or {})}
         process = subprocess.Popen(
-            command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
-        )
+            command, env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            process_group=0,
+        )  # fmt: skip
         try:
             assert process.stdin
             assert process.stdout
@@ -56,8 +57,10 @@ def ask(job: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Iterato
                 yield answer
             process.wait()
         finally:
-            # Also where the caller is interrupted or stops asking: the child must not go on.
-            process.kill()
+            # Also where the caller is interrupted or stops asking: neither the child nor a peer of
+            # its making, which may compile for minutes, must go on.
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if process.stdout:
                 process.stdout.close()

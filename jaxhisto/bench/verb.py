@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from pathlib import Path
 from shlex import quote
 
@@ -20,6 +22,8 @@ def bench(config: BenchConfig, line: str = "jaxhisto bench") -> int:
 
         say(f"wrote {write_report(config.report, config.out or 'benchmarks.md')}")
         return 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends its children
     path = measured(config)
     say(f"wrote {path}")
     say_next(f"{line} --report {quote(str(path))} --out benchmarks.md")

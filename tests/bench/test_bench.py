@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -295,3 +298,58 @@ def test_memory_that_xla_cannot_get_is_recorded(tmp_path):
     rows = read_record(out).rows
     assert find(rows, "augment", batch=4).seconds
     assert find(rows, "augment", batch=400_000).why == "out of memory"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("command", [("jaxhisto.bench",), ("jaxhisto.cli", "bench")])
+def test_a_stop_ends_peers_too_whatever_they_are_at(tmp_path, command):
+    """SIGTERM while PyTorch compiles, or is imported: minutes that nobody waits for any more."""
+    args = ("--models", "resnet18", "--tile-px", "96", "--peers", "pytorch-compiled")
+    args += ("--stages", "step", "--batch-sizes", "4", "--out", str(tmp_path / "r.json"))
+    with subprocess.Popen(
+        [sys.executable, "-m", *command, *args], stderr=subprocess.PIPE, text=True
+    ) as parent:
+        started = wait_for_peer(parent.pid)
+        parent.send_signal(signal.SIGTERM)
+        error = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 130, error
+    assert error.splitlines()[-1].split(": ")[1].startswith("interrupted")
+    assert "Traceback" not in error
+    deadline = time.monotonic() + 10
+    while alive(started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(started)
+    assert read_record(tmp_path / "r.json").rows == ()  # what is measured is kept as it comes
+
+
+def wait_for_peer(root: int) -> list[int]:
+    """The processes below one, once there are a child and a child of that."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        children = below(root)
+        grandchildren = [pid for child in children for pid in below(child)]
+        if grandchildren:
+            time.sleep(1)  # it is at work
+            return children + grandchildren
+        time.sleep(0.1)
+    raise AssertionError("no peer was started")
+
+
+def below(pid: int) -> list[int]:
+    """Its children, of whatever thread."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in file.read_text().split()]
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that still run; what waits for its parent to look does not."""
+    left = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            left += [pid] if state not in "ZX" else []
+    return left
