@@ -17,6 +17,8 @@ KINDS = {
     "smaller than one tile": "smaller than a tile",
     "is not 8-bit RGB": "not 8-bit RGB",
     "OpenSlide does not read this file": "not a slide",
+    "is DICOM, but no whole slide": "not a slide",
+    "(DICOM transfer syntax ": "packing that is not read",
     "is missing beside it": "part of the slide is missing",
     "in several files": "part of the slide is missing",
     "too large": "too large",

@@ -7,6 +7,7 @@ from pathlib import Path
 import openslide
 
 from jaxhisto.errors import SlideError
+from jaxhisto.slides.dicom import dicom_header
 from jaxhisto.slides.tiff_reader import BIGTIFF_STARTS, TIFF_STARTS, TiffHandle
 from jaxhisto.slides.unfit import VENDORS, refuse_endless, refuse_unfit
 
@@ -14,13 +15,17 @@ OME = "<OME "  # in the description of an OME-TIFF
 UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
 
 
-def dicom_series(path: Path) -> str:
-    """The series a DICOM file belongs to; its files are one slide to OpenSlide. "": none."""
+def dicom_series(path: Path) -> tuple[str, bool]:
+    """The series a DICOM file belongs to, "" where there is none, and whether it can be opened.
+
+    The files of a series that can are one slide to OpenSlide, which leaves out the others.
+    """
     try:
         with open_handle(path) as handle:
-            return str(handle.properties.get("dicom.SeriesInstanceUID", ""))
+            return str(handle.properties.get("dicom.SeriesInstanceUID", "")), True
     except SlideError:
-        return ""
+        header = dicom_header(path)
+        return header.series if header else "", False
 
 
 def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
@@ -41,6 +46,7 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
         if start in TIFF_STARTS:
             return TiffHandle(path)
         _refuse_lone_index(path)
+        _refuse_dicom(path)
         raise SlideError(
             f"{path}: OpenSlide does not read this file; convert it to a tiled TIFF "
             "(`vips tiffsave IN OUT --tile --pyramid`), or leave it out"
@@ -49,6 +55,7 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
         if UNPACKED in str(error) and start in TIFF_STARTS:
             return TiffHandle(path)
         _refuse_lone_index(path)
+        _refuse_dicom(path)
         raise SlideError(
             f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
             "again, or leave it out"
@@ -75,3 +82,10 @@ def _refuse_lone_index(path: Path) -> None:
             f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
             "that too, or leave the slide out"
         )
+
+
+def _refuse_dicom(path: Path) -> None:
+    """SlideError for DICOM that is no slide, or packed as OpenSlide does not read it."""
+    header = dicom_header(path)
+    if header and (why := header.refusal()):
+        raise SlideError(f"{path}: {why}")
