@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxhisto.special_files import no_pipe
+
 PREAMBLE, MAGIC = 128, b"DICM"
 WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 KINDS = {  # SOP classes that lie beside slides, PS3.4 B.5
@@ -77,7 +79,7 @@ class DicomHeader:
 def dicom_header(path: Path) -> DicomHeader | None:
     """None: no DICOM file, or damaged before its kind is told."""
     try:
-        with path.open("rb") as file:
+        with no_pipe(path).open("rb") as file:
             file.seek(PREAMBLE)
             if file.read(len(MAGIC)) != MAGIC:
                 return None

@@ -17,6 +17,7 @@ from jaxhisto.slides.cutting import Job
 from jaxhisto.slides.opening import dicom_series
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import SUFFIXES
+from jaxhisto.special_files import special_kind
 
 
 def find_slides(config: TileConfig) -> list[Job]:
@@ -129,6 +130,8 @@ def _refuse_bytes(path: Path) -> None:
 def _slides_below(root: Path) -> list[Path]:
     if os.path.isfile(root):  # not Path.is_file: it raises on a name that is too long
         return [root]
+    if kind := special_kind(root):
+        raise SlideError(f"{root}: is {kind}, no file; name a slide, or a folder with slides")
     if not os.path.isdir(root):
         raise SlideError(f"{root}: is not there; check the path")
     paths = [

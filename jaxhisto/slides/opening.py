@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import openslide
 
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.dicom import dicom_header
+from jaxhisto.slides.dicom import MAGIC, PREAMBLE, dicom_header
 from jaxhisto.slides.tiff_reader import BIGTIFF_STARTS, TIFF_STARTS, TiffHandle
 from jaxhisto.slides.unfit import VENDORS, refuse_endless, refuse_unfit
+from jaxhisto.special_files import no_pipe, special_kind
 
 OME = "<OME "  # in the description of an OME-TIFF
+DICOM_HEAD = PREAMBLE + len(MAGIC)
 UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
 
 
@@ -35,12 +38,15 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
       SlideError: not a slide, damaged, or not 8-bit RGB.
     """
     try:
-        if path.stat().st_size == 0:
+        if no_pipe(path).stat().st_size == 0:
             raise SlideError(f"{path}: is empty (0 bytes); copy it again, or remove it")
         with path.open("rb") as file:  # OpenSlide does not tell a file that it may not read
-            start = file.read(4)
+            head = file.read(DICOM_HEAD)
+        start = head[:4]
         if start in BIGTIFF_STARTS:
             refuse_endless(path)
+        if head.endswith(MAGIC):
+            _refuse_pipe_beside(path)
         handle = openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         if start in TIFF_STARTS:
@@ -82,6 +88,17 @@ def _refuse_lone_index(path: Path) -> None:
             f"{path}: its folder {folder.name}, which holds the pixels, is missing beside it; copy "
             "that too, or leave the slide out"
         )
+
+
+def _refuse_pipe_beside(path: Path) -> None:
+    """SlideError where OpenSlide would wait for ever: it opens all files in a DICOM's folder."""
+    with os.scandir(path.parent) as entries:
+        for entry in entries:
+            if not entry.is_dir() and (kind := special_kind(entry.path)):
+                raise SlideError(
+                    f"{path}: beside it lies {entry.name}, {kind}, on which OpenSlide would wait "
+                    "for ever (it opens all files in the folder of a DICOM slide); take that away"
+                )
 
 
 def _refuse_dicom(path: Path) -> None:
