@@ -9,7 +9,13 @@ import openslide
 
 from jaxhisto.errors import SlideError
 from jaxhisto.slides.dicom import MAGIC, PREAMBLE, dicom_header
-from jaxhisto.slides.tiff_reader import BIGTIFF_STARTS, TIFF_STARTS, TiffHandle
+from jaxhisto.slides.tiff_reader import (
+    BIGTIFF_STARTS,
+    MOST_SEGMENT,
+    TIFF_STARTS,
+    TiffHandle,
+    too_large,
+)
 from jaxhisto.slides.unfit import VENDORS, refuse_endless, refuse_unfit
 from jaxhisto.special_files import no_pipe, special_kind
 
@@ -71,13 +77,24 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
     if OME in handle.properties.get("openslide.comment", ""):
         handle.close()  # to OpenSlide a plain TIFF: without its pyramid, pixel size and channels
         return TiffHandle(path)
-    if handle.properties.get("openslide.vendor") in VENDORS:
-        try:
+    try:
+        if handle.properties.get("openslide.vendor") in VENDORS:
             refuse_unfit(path)  # OpenSlide would make 8-bit RGB of grey and deep pixels, unasked
-        except SlideError:
-            handle.close()
-            raise
+        _refuse_large_tiles(path, handle)
+    except SlideError:
+        handle.close()
+        raise
     return handle
+
+
+def _refuse_large_tiles(path: Path, handle: openslide.OpenSlide) -> None:
+    """SlideError where one tile, of which OpenSlide decodes no part, would take gigabytes."""
+    told = handle.properties
+    for level, size in enumerate(handle.level_dimensions):
+        named = f"openslide.level[{level}].tile-"
+        tile = 4 * int(told.get(named + "width", 0)) * int(told.get(named + "height", 0))
+        if tile > MOST_SEGMENT:
+            raise SlideError(too_large(path, size, told.get("openslide.vendor", ""), tile))
 
 
 def _refuse_lone_index(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+import pydicom
 import pytest
 from made_dicom import (
     LABEL,
@@ -27,6 +28,7 @@ from PIL import Image
 from jaxhisto.cli import main
 from jaxhisto.data.images import decode_jpeg
 from jaxhisto.data.store import TileStore
+from jaxhisto.errors import SlideError
 from jaxhisto.slides.dicom import DicomHeader, dicom_header
 from jaxhisto.slides.raster import SlideRaster
 from jaxhisto.slides.reader import RegionError, Slide
@@ -243,3 +245,12 @@ def test_the_header_tells_series_and_packing_where_openslide_does_not(tmp_path):
         assert header is None or series.startswith(header.series)
     path.write_bytes(b"II*\0" * 50)
     assert dicom_header(path) is None
+
+
+def test_a_frame_that_no_memory_holds_is_refused_before_it_is_decoded(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", half_tissue(64, 64), new_series("l"), **JPEG_FRAMES)
+    data = pydicom.dcmread(path)
+    data.Rows = data.Columns = 65_000
+    data.save_as(path)
+    with pytest.raises(SlideError, match=r"\(dicom\) in pieces of 15\.7 GiB, too large"):
+        Slide(path)
