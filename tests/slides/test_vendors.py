@@ -1,0 +1,106 @@
+"""Files as OpenSlide knows those of four scanners: what they state, and pixels as they went in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from made_slides import half_tissue
+from made_vendors import TILE, write_leica, write_philips, write_trestle, write_ventana
+
+from jaxhisto.config import TileConfig
+from jaxhisto.slides.reader import RegionError, Slide
+from jaxhisto.slides.slide_source import SlidesSource
+
+MPP, WIDTH, HEIGHT = 0.5, 1024, 768
+AT, GLASS = (1280, 2560), (6500, 13000)  # of Leica's: where the scanned area lies in how much glass
+
+
+def leica(path: Path, image: np.ndarray, mpp: float) -> Path:
+    return write_leica(path, image, mpp, AT, GLASS)
+
+
+MADE: dict[str, tuple[Callable[..., Path], str, int, tuple[int, int]]] = {
+    "trestle": (write_trestle, ".tif", 2, (0, 0)),
+    "leica": (leica, ".scn", 4, AT),
+    "philips": (write_philips, ".tiff", 2, (0, 0)),
+    "ventana": (write_ventana, ".bif", 2, (0, 0)),
+}
+
+
+@pytest.fixture(scope="module", params=MADE)
+def made(request, tmp_path_factory) -> tuple[str, Path, np.ndarray, int, tuple[int, int]]:
+    """(vendor, file, the image in it, the second level's factor, where the image begins)."""
+    write, suffix, factor, at = MADE[request.param]
+    image = half_tissue(WIDTH, HEIGHT)
+    path = write(tmp_path_factory.mktemp(request.param) / f"a{suffix}", image, MPP)
+    with openslide.OpenSlide(path) as plain:
+        assert plain.properties["openslide.vendor"] == request.param
+    return request.param, path, image, factor, at
+
+
+def test_pixel_size_levels_and_pixels_are_those_that_went_in(made):
+    vendor, path, image, factor, (left, top) = made
+    with Slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (pytest.approx(MPP), "openslide.mpp")
+        assert (slide.width, slide.height) == (GLASS if vendor == "leica" else (WIDTH, HEIGHT))
+        assert slide.downsamples == pytest.approx((1, factor))
+        for level, step in enumerate((1, factor)):
+            scale = slide.scale(64, MPP * step)
+            assert scale.level == level
+            tile = slide.read(left + 80 * step, top + 100 * step, 64, scale)
+            written = image[100 * step : 164 * step : step, 80 * step : 144 * step : step]
+            np.testing.assert_array_equal(tile, written)
+
+
+def test_the_tiles_are_those_of_the_scanned_tissue(made):
+    """The left half of the image is pink; of Leica's glass around it nothing was scanned."""
+    _, path, _, _, (left, top) = made
+    settings = TileConfig(slides=(str(path),), out="", dataset="d", tile_px=64)
+    source = SlidesSource(settings, threads=1)
+    corners = {(source.located(i).x, source.located(i).y) for i in range(len(source))}
+    assert corners == {
+        (x, y)
+        for x in range(left, left + WIDTH // 2, 64)
+        for y in range(top, top + HEIGHT, 64)
+    }  # fmt: skip
+    assert not source.dropped
+
+
+def test_what_lies_around_a_scanned_area_is_not_there(tmp_path):
+    image = half_tissue(WIDTH, HEIGHT)
+    path = leica(tmp_path / "a.scn", image, MPP)
+    with Slide(path) as slide, openslide.OpenSlide(path) as plain:
+        bounds = [int(plain.properties[f"openslide.bounds-{k}"]) for k in ("x", "y", "width")]
+        assert bounds == [*AT, WIDTH]
+        scale = slide.scale(64, None)
+        for x, y in [(0, 0), (AT[0] - 1, AT[1]), (AT[0] + WIDTH - 63, AT[1]), (6400, 12900)]:
+            with pytest.raises(RegionError) as caught:
+                slide.read(x, y, 64, scale)
+            assert caught.value.reason == "transparent"
+        there = slide.overview(32).there
+    rows, columns = np.nonzero(there)
+    assert (rows.min(), rows.max() + 1) == (AT[1] // 32, (AT[1] + HEIGHT) // 32)
+    assert (columns.min(), columns.max() + 1) == (AT[0] // 32, (AT[0] + WIDTH) // 32)
+
+
+def test_an_empty_philips_tile_is_not_there_and_costs_only_itself(tmp_path):
+    """Philips leaves out tiles in which it saw no tissue: no place, no bytes."""
+    image = half_tissue(WIDTH, HEIGHT)
+    path = write_philips(tmp_path / "a.tiff", image, MPP)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        for tag in ("TileOffsets", "TileByteCounts"):
+            values = list(tiff.pages[0].tags[tag].value)
+            values[5] = 0
+            tiff.pages[0].tags[tag].overwrite(values)
+    with Slide(path) as slide:
+        scale = slide.scale(TILE, None)
+        with pytest.raises(RegionError) as caught:
+            slide.read(TILE, TILE, TILE, scale)
+        assert caught.value.reason == "transparent"
+        tile = slide.read(0, TILE, TILE, scale)
+    np.testing.assert_array_equal(tile, image[TILE : 2 * TILE, :TILE])
