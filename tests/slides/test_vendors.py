@@ -1,7 +1,8 @@
-"""Files as OpenSlide knows those of four scanners: what they state, and pixels as they went in."""
+"""Files as OpenSlide knows those of five makers: what they state, and pixels as they went in."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from made_ndpi import level_jpeg, write_ndpi
 from made_slides import half_tissue
 from made_vendors import TILE, write_leica, write_philips, write_trestle, write_ventana
+from PIL import Image
 
 from jaxhisto.config import TileConfig
 from jaxhisto.slides.reader import RegionError, Slide
@@ -30,6 +33,13 @@ MADE: dict[str, tuple[Callable[..., Path], str, int, tuple[int, int]]] = {
     "philips": (write_philips, ".tiff", 2, (0, 0)),
     "ventana": (write_ventana, ".bif", 2, (0, 0)),
 }
+
+
+def tissue(path: Path) -> tuple[set[tuple[int, int]], list[tuple[str, str]]]:
+    """The corners of the foreground tiles, 64 px, and what was left out."""
+    source = SlidesSource(TileConfig(slides=(str(path),), out="", dataset="d", tile_px=64), 1)
+    places = [source.located(i) for i in range(len(source))]
+    return {(place.x, place.y) for place in places}, source.dropped
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -60,15 +70,13 @@ def test_pixel_size_levels_and_pixels_are_those_that_went_in(made):
 def test_the_tiles_are_those_of_the_scanned_tissue(made):
     """The left half of the image is pink; of Leica's glass around it nothing was scanned."""
     _, path, _, _, (left, top) = made
-    settings = TileConfig(slides=(str(path),), out="", dataset="d", tile_px=64)
-    source = SlidesSource(settings, threads=1)
-    corners = {(source.located(i).x, source.located(i).y) for i in range(len(source))}
+    corners, dropped = tissue(path)
     assert corners == {
         (x, y)
         for x in range(left, left + WIDTH // 2, 64)
         for y in range(top, top + HEIGHT, 64)
     }  # fmt: skip
-    assert not source.dropped
+    assert not dropped
 
 
 def test_what_lies_around_a_scanned_area_is_not_there(tmp_path):
@@ -104,3 +112,24 @@ def test_an_empty_philips_tile_is_not_there_and_costs_only_itself(tmp_path):
         assert caught.value.reason == "transparent"
         tile = slide.read(0, TILE, TILE, scale)
     np.testing.assert_array_equal(tile, image[TILE : 2 * TILE, :TILE])
+
+
+def test_ndpi_levels_are_what_libjpeg_makes_of_the_two_in_the_file(tmp_path):
+    """Between the file's levels OpenSlide has libjpeg scale while it decodes, as Pillow does."""
+    image = half_tissue(WIDTH, HEIGHT)
+    path = write_ndpi(tmp_path / "a.ndpi", image, MPP)
+    with openslide.OpenSlide(path) as plain:
+        assert plain.properties["openslide.vendor"] == "hamamatsu"
+    with Slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (MPP, "openslide.mpp")
+        assert slide.downsamples[:4] == (1, 2, 4, 8)
+        for level, step, scaled in [(0, 1, 1), (1, 1, 2), (2, 4, 1), (3, 4, 2)]:
+            oracle = Image.open(io.BytesIO(level_jpeg(image[::step, ::step])))
+            oracle.draft("RGB", (oracle.width // scaled, oracle.height // scaled))
+            scale = slide.scale(64, MPP * step * scaled)
+            assert scale.level == level
+            tile = slide.read(40 * step * scaled, 24 * step * scaled, 64, scale)
+            np.testing.assert_array_equal(tile, np.asarray(oracle)[24:88, 40:104])
+    corners, dropped = tissue(path)
+    assert corners == {(x, y) for x in range(0, WIDTH // 2, 64) for y in range(0, HEIGHT, 64)}
+    assert not dropped
