@@ -1,4 +1,4 @@
-"""Files as OpenSlide knows those of five makers: what they state, and pixels as they went in."""
+"""Files as OpenSlide knows those of six makers: what they state, and pixels as they went in."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from made_images import encoded
+from made_mirax import write_mirax
 from made_ndpi import level_jpeg, write_ndpi
 from made_slides import half_tissue
 from made_vendors import TILE, write_leica, write_philips, write_trestle, write_ventana
@@ -133,3 +135,49 @@ def test_ndpi_levels_are_what_libjpeg_makes_of_the_two_in_the_file(tmp_path):
     corners, dropped = tissue(path)
     assert corners == {(x, y) for x in range(0, WIDTH // 2, 64) for y in range(0, HEIGHT, 64)}
     assert not dropped
+
+
+def test_mirax_is_read_within_its_bounds_and_without_what_was_not_taken(tmp_path):
+    """Camera images of 128 px, from (4, 6) on in a slide of 20 x 30; a block of four is missing."""
+    image, left, top = half_tissue(WIDTH, HEIGHT), 4 * 128, 6 * 128
+    path = write_mirax(tmp_path / "a.mrxs", image, MPP, (4, 6), (20, 30), left_out={(3, 4)})
+    gap = {(x, y) for x in range(768, 1024, 64) for y in range(1024, 1280, 64)}
+    with openslide.OpenSlide(path) as plain:
+        told = plain.properties
+        assert told["openslide.vendor"] == "mirax"
+        assert [int(told[f"openslide.bounds-{k}"]) for k in ("x", "y", "width", "height")] == [
+            left, top, WIDTH, HEIGHT,
+        ]  # fmt: skip
+    with Slide(path) as slide:
+        assert (slide.mpp, slide.mpp_source) == (MPP, "openslide.mpp")
+        assert (slide.width, slide.height, slide.downsamples) == (2560, 3840, (1, 2))
+        for level, step in enumerate((1, 2)):
+            scale = slide.scale(96, MPP * step)
+            assert scale.level == level
+            tile = slide.read(left + 20 * step, top + 10 * step, 96, scale)
+            written = image[10 * step : 106 * step : step, 20 * step : 116 * step : step]
+            np.testing.assert_array_equal(tile, written)
+            for x, y in [(0, 0), (left - 64, top), *gap]:
+                with pytest.raises(RegionError) as caught:
+                    slide.read(x, y, 96, scale)
+                assert caught.value.reason == "transparent"
+    whole = {
+        (x, y) for x in range(left, left + WIDTH // 2, 64) for y in range(top, top + HEIGHT, 64)
+    }
+    corners, dropped = tissue(path)
+    assert corners == whole - gap
+    assert not dropped
+
+
+def test_a_mirax_image_that_is_damaged_costs_only_itself(tmp_path):
+    image = half_tissue(512, 512)
+    path = write_mirax(tmp_path / "a.mrxs", image, MPP, (0, 0), (4, 4))
+    data = tmp_path / "a" / "Data0000.dat"
+    first = encoded(np.ascontiguousarray(image[:128, :128]))
+    data.write_bytes(data.read_bytes().replace(first, bytes(len(first))))
+    with Slide(path) as slide:
+        scale = slide.scale(128, None)
+        with pytest.raises(RegionError) as caught:
+            slide.read(0, 0, 128, scale)
+        assert caught.value.reason == "unreadable"
+        np.testing.assert_array_equal(slide.read(128, 0, 128, scale), image[:128, 128:256])
