@@ -19,6 +19,8 @@ KINDS = {
     "OpenSlide does not read this file": "not a slide",
     "is DICOM, but no whole slide": "not a slide",
     "(DICOM transfer syntax ": "packing that is not read",
+    "of whose levels no file": "part of the slide is missing",
+    "of 8-bit RGB and one focal plane": "not 8-bit RGB",
     "is missing beside it": "part of the slide is missing",
     "in several files": "part of the slide is missing",
     "too large": "too large",

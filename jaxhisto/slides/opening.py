@@ -21,6 +21,7 @@ from jaxhisto.special_files import no_pipe, special_kind
 
 OME = "<OME "  # in the description of an OME-TIFF
 DICOM_HEAD = PREAMBLE + len(MAGIC)
+OTHER_DICOM = (" != ", "Couldn't read PlanarConfiguration")  # in OpenSlide's error: grey, a stack
 UNPACKED = "Unsupported TIFF compression"  # in OpenSlide's error; tifffile knows more of them
 
 
@@ -67,7 +68,7 @@ def open_handle(path: Path) -> openslide.OpenSlide | TiffHandle:
         if UNPACKED in str(error) and start in TIFF_STARTS:
             return TiffHandle(path)
         _refuse_lone_index(path)
-        _refuse_dicom(path)
+        _refuse_dicom(path, str(error))
         raise SlideError(
             f"{path}: OpenSlide cannot open it ({error}); the file is damaged or cut off: copy it "
             "again, or leave it out"
@@ -118,8 +119,29 @@ def _refuse_pipe_beside(path: Path) -> None:
                 )
 
 
-def _refuse_dicom(path: Path) -> None:
-    """SlideError for DICOM that is no slide, or packed as OpenSlide does not read it."""
-    header = dicom_header(path)
-    if header and (why := header.refusal()):
+def _refuse_dicom(path: Path, said: str = "") -> None:
+    """SlideError for DICOM that is no slide, or a kind of slide that OpenSlide does not read.
+
+    Args:
+      said: OpenSlide's error, where it took the file for a slide.
+    """
+    if (header := dicom_header(path)) is None:
+        return
+    why = header.refusal()
+    if not why and "No pyramid levels" in said:
+        why = (
+            "is the label, overview or thumbnail of a DICOM series, of whose levels no file is in "
+            "this folder; copy those too, or leave it out"
+        )
+    elif not why and "unexpected image" in said:
+        why = (
+            f"its series holds two images of one size ({said}), such as two focal planes; put each "
+            "into a folder of its own"
+        )
+    elif not why and any(text in said for text in OTHER_DICOM):
+        why = (
+            "is a DICOM slide, of which OpenSlide reads those of 8-bit RGB and one focal plane "
+            f"alone ({said}); write it anew so, or leave it out"
+        )
+    if why:
         raise SlideError(f"{path}: {why}")

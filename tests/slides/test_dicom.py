@@ -254,3 +254,30 @@ def test_a_frame_that_no_memory_holds_is_refused_before_it_is_decoded(tmp_path):
     data.save_as(path)
     with pytest.raises(SlideError, match=r"\(dicom\) in pieces of 15\.7 GiB, too large"):
         Slide(path)
+
+
+def test_slides_that_openslide_does_not_read_are_not_called_damaged(tmp_path):
+    def refusal(path: Path, **changed: object) -> str:
+        data = pydicom.dcmread(path)
+        for name, value in changed.items():
+            setattr(data, name, value)
+        data.save_as(path)
+        with pytest.raises(SlideError) as caught:
+            Slide(path)
+        assert "damaged" not in str(caught.value)
+        return str(caught.value)
+
+    image = half_tissue(64, 64)
+
+    def one(name: str, **how: object) -> Path:
+        (tmp_path / name).mkdir()
+        return write_dicom(tmp_path / name / "a.dcm", image, new_series(name), **how)
+
+    said = refusal(one("label", kind=LABEL))
+    assert "a.dcm: is the label, overview or thumbnail of a DICOM series, of whose levels" in said
+    assert "8-bit RGB and one focal plane" in refusal(one("z"), TotalPixelMatrixFocalPlanes=3)
+    grey = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}
+    assert "8-bit RGB and one focal plane" in refusal(one("grey"), **grey, PixelData=bytes(4096))
+    twice = one("twice")
+    write_dicom(twice.with_name("b.dcm"), image, new_series("twice"))
+    assert "its series holds two images of one size" in refusal(twice)
