@@ -59,7 +59,7 @@ def write_unet(path: Path) -> Path:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """(exit code, what was said) of lines whose inputs are, or hold, named pipes."""
     root = tmp_path_factory.mktemp("pipes")
-    for folder in ("slides", "beside", "images", "classes/one", "classes/two"):
+    for folder in ("slides", "few", "beside", "images", "classes/one", "classes/two"):
         (root / folder).mkdir(parents=True)
     tifffile.imwrite(root / "slides" / "good.tif", pink(), photometric="rgb", tile=(64, 64),
                      resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None)  # fmt: skip
@@ -68,6 +68,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     labelled = [f"classes/{c}/{i}.png" for c in ("one", "two") for i in range(6)]
     for seed, name in enumerate(["images/good.png", *labelled]):
         (root / name).write_bytes(encoded(noise(32, 32, seed)))
+    for name in ("good.tif", "pipe.svs"):  # fewer: of two DICOM files the series are found first
+        (root / "few" / name).symlink_to(root / "slides" / name)
     (root / "slides" / "link.tif").symlink_to(root / "slides" / "pipe.svs")
     for name in (
         "slides/pipe.svs", "slides/a.dcm", "slides/b.dcm", "images/pipe.png", "classes/two/9.png",
@@ -92,7 +94,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     lines["tile a pipe"] = [*tile, str(root / "t"), str(root / "slides" / "pipe.svs")]
     lines["embed beside a pipe"] = [*embed("beside"), "--kind", "slides"]
     lines["embed a slide"] = embed("slides/pipe.svs")
-    lines["embed slides"] = [*embed("slides"), "--kind", "slides", "--failures-allowed", "3"]
+    lines["embed slides"] = [*embed("few"), "--kind", "slides", "--failures-allowed", "1"]
     lines["embed an image"] = embed("images/pipe.png")
     lines["embed images"] = embed("images")
     lines["embed a list"] = embed("list.csv")

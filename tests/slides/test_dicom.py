@@ -239,7 +239,7 @@ def test_the_header_tells_series_and_packing_where_openslide_does_not(tmp_path):
                            encode=jpeg if syntax == JPEG else None)  # fmt: skip
         assert dicom_header(path) == DicomHeader("1.2.840.10008.5.1.4.1.1.77.1.6", syntax, series)
     whole = path.read_bytes()
-    for end in range(0, 900, 13):  # wherever it is cut, no error and no other series
+    for end in range(0, 900, 31):  # wherever it is cut, no error and no other series
         path.write_bytes(whole[:end])
         header = dicom_header(path)
         assert header is None or series.startswith(header.series)
