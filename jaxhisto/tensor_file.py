@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from jaxhisto.errors import ExportError
+from jaxhisto.special_files import no_pipe
 
 Array = NDArray[Any]
 
@@ -29,7 +30,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
       ExportError: no such file, or no whole safetensors file.
     """
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(no_pipe(path), framework="numpy") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118 safe_open is no mapping
     except (OSError, SafetensorError) as error:
         raise ExportError(

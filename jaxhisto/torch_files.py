@@ -17,6 +17,7 @@ from jaxhisto import tensor_file, unet_weights, weights
 from jaxhisto.config import ModelConfig
 from jaxhisto.errors import ConfigError, ExportError
 from jaxhisto.file_config import ExportConfig, ImportConfig, ZooConfig
+from jaxhisto.special_files import special_kind
 
 if TYPE_CHECKING:
     from jaxhisto_export.foreign import Imported
@@ -118,6 +119,8 @@ def import_file(config: ImportConfig) -> Path:
     from jaxhisto_export.foreign import read_foreign
     from jaxhisto_export.zoo import locate
 
+    if kind := special_kind(config.file):
+        raise ExportError(f"{config.file}: is {kind}, no file; name a file of weights.")
     found = read_foreign(locate(config.file), config.arch or None, config.part)
     weights_file = Path(config.out)
     if weights_file.suffix != ".safetensors":

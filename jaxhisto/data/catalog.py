@@ -19,6 +19,7 @@ from pathlib import Path
 
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.file_config import CatalogConfig
+from jaxhisto.special_files import no_pipe
 
 ALMOST = 0.8
 """difflib's ratio from which two names are one of them misspelt: letters swapped or missing."""
@@ -233,7 +234,7 @@ def _holding(found: set[str]) -> set[str]:
 
 def _user_rows(table: Path) -> Iterator[tuple[str, tuple[str, About]]]:
     try:
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+        rows = list(csv.DictReader(no_pipe(table).read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(f"{table}: cannot be read ({error}); check --datasets.") from error
     allowed = ["dataset", *(f.name for f in fields(About))]

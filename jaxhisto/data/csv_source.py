@@ -10,6 +10,7 @@ from pathlib import Path
 from jaxhisto.config import DataConfig
 from jaxhisto.data.image_source import ImageSource, matches
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 PATHS = ("path", "file", "image", "filename", "file_path", "image_path")
 
@@ -33,7 +34,7 @@ class CsvSource(ImageSource):
         super().__init__(path, list(self._rows), config)
 
     def load(self, name: str) -> bytes:
-        return (self.path.parent / name).read_bytes()
+        return no_pipe(self.path.parent / name).read_bytes()
 
     def place(self, name: str) -> str:
         return str(self.path.parent / name)
@@ -51,7 +52,7 @@ class CsvSource(ImageSource):
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Path -> row, all without surrounding spaces."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with no_pipe(path).open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, restval="")
             column = _column(path, table.fieldnames or ())
             rows: dict[str, dict[str, str]] = {}

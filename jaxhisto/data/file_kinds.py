@@ -12,6 +12,7 @@ from jaxhisto.data.hdf5_source import Hdf5Source
 from jaxhisto.data.image_source import ImageSource
 from jaxhisto.data.tfds_source import PREFIX, TfdsSource
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 ZIP = (b"PK\3\4", b"PK\5\6")  # the second is an empty one
 HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -32,7 +33,7 @@ def opened(path: Path, config: DataConfig) -> ImageSource:
     if not os.path.exists(path):
         raise StoreError(f"{path}: does not exist; pass a tile store or a folder of images.")
     try:
-        with path.open("rb") as file:
+        with no_pipe(path).open("rb") as file:
             start = file.read(START)
     except OSError as error:
         raise StoreError(

@@ -10,6 +10,7 @@ from jaxhisto.data.image_source import ImageSource, is_image
 from jaxhisto.data.images import SUFFIXES
 from jaxhisto.data.store import MANIFEST, UNFINISHED
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 
 class FolderSource(ImageSource):
@@ -21,7 +22,7 @@ class FolderSource(ImageSource):
         super().__init__(path, image_names(path), config)
 
     def load(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return no_pipe(self.path / name).read_bytes()
 
     def place(self, name: str) -> str:
         return str(self.path / name)

@@ -24,6 +24,7 @@ from jaxhisto.data.listed import Listed
 from jaxhisto.data.named_images import NamedImages, centre_square, load_squares
 from jaxhisto.data.sources import StoreSource, Tiles
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 __all__ = ["Labelled", "centre_square", "read_labelled"]
 
@@ -270,7 +271,7 @@ def label_rows(
     """(label, group) of each image that the CSV file names."""
     rows: dict[str, tuple[str, str]] = {}
     try:
-        with table.open(newline="", encoding="utf-8-sig") as text:
+        with no_pipe(table).open(newline="", encoding="utf-8-sig") as text:
             reader = csv.DictReader(text, delimiter="\t" if table.suffix == ".tsv" else ",")
             columns = list(reader.fieldnames or ())
             for wanted, what in ((file, "file"), (label, "label"), (group, "group")):

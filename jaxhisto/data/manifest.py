@@ -26,6 +26,7 @@ from typing import Any
 
 from jaxhisto.errors import StoreError
 from jaxhisto.runlog import write_atomically
+from jaxhisto.special_files import no_pipe
 
 FORMAT = "jaxhisto-manifest-1"
 FIELDS = ("dataset", "slide", "mpp", "sha256", "rows")
@@ -138,7 +139,7 @@ def write_manifest(path: Path | str, manifest: Manifest) -> str:
 def is_manifest(path: Path | str) -> bool:
     """True for a file that says it is such a list; reading it verifies that."""
     try:
-        with Path(path).open("rb") as file:
+        with no_pipe(Path(path)).open("rb") as file:
             start = file.readline(HEADER_MOST)
     except OSError:
         return False
@@ -156,7 +157,7 @@ def read_manifest(path: Path | str) -> Manifest:
     """
     path = Path(path)
     try:
-        first, _, body = path.read_bytes().partition(b"\n")
+        first, _, body = no_pipe(path).read_bytes().partition(b"\n")
     except OSError as error:
         raise StoreError(
             f"{path}: cannot be read as a manifest ({error.strerror}); check --data.manifest, or "

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.images import ImageError, decode_image
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 
 class Images(Protocol):
@@ -80,7 +81,7 @@ class NamedImages:
 def read_bytes(path: Path) -> bytes:
     """What a file holds; StoreError where it cannot be read."""
     try:
-        return path.read_bytes()
+        return no_pipe(path).read_bytes()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror}); restore it.") from error
 

@@ -232,9 +232,10 @@ def find_inputs(config: PredictConfig) -> list[Input]:
 
 
 def _images(path: Path) -> list[Input]:
-    if path.is_file():
+    if not path.is_dir():
         return [Input(path, path.stem, file_stamp(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    # What is neither file nor folder, such as a link that leads nowhere, is refused by its stamp.
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if not files:
         raise StoreError(f"{path}: has no images ({', '.join(SUFFIXES)}); name another folder.")
     return [Input(p, str(p.relative_to(path).with_suffix("")), file_stamp(p)) for p in files]

@@ -17,6 +17,7 @@ from jaxhisto.slides.cutting import Job
 from jaxhisto.slides.opening import dicom_series
 from jaxhisto.slides.pixel_size import GivenPixelSize
 from jaxhisto.slides.reader import SUFFIXES
+from jaxhisto.special_files import special_kind
 
 
 def find_slides(config: TileConfig) -> list[Job]:
@@ -129,6 +130,8 @@ def _refuse_bytes(path: Path) -> None:
 def _slides_below(root: Path) -> list[Path]:
     if os.path.isfile(root):  # not Path.is_file: it raises on a name that is too long
         return [root]
+    if kind := special_kind(root):
+        raise SlideError(f"{root}: is {kind}, no file; name a slide, or a folder with slides")
     if not os.path.isdir(root):
         raise SlideError(f"{root}: is not there; check the path")
     paths = [
@@ -178,7 +181,10 @@ def _unreadable_folder(error: OSError) -> None:
 
 
 def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:
-    """One job for all files of a DICOM series in a folder: OpenSlide opens them together."""
+    """One job for all files of a DICOM series in a folder: OpenSlide opens them together.
+
+    One more for those of the series that cannot be opened: they fail, and the others are a slide.
+    """
     by_folder: dict[Path, list[Job]] = {}
     for job in jobs:
         if job.path.suffix.lower() == ".dcm":
@@ -189,10 +195,11 @@ def _one_a_series(jobs: list[Job], config: TileConfig) -> list[Job]:
     answers = pool.run(
         dicom_series, [j.path for j in many], processes_of(config), config.slide_timeout
     )
-    series: dict[tuple[Path, str], list[Job]] = {}
+    series: dict[tuple[Path, str, bool], list[Job]] = {}
     for answer in sorted(answers, key=lambda a: many[a.index].id):
         job = many[answer.index]
-        series.setdefault((job.path.parent, answer.value or job.id), []).append(job)
+        uid, opens = answer.value or ("", False)
+        series.setdefault((job.path.parent, uid or job.id, opens), []).append(job)
     whole = [
         dataclasses.replace(files[0], others=tuple(job.path for job in files[1:]))
         for files in series.values()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxhisto.errors import SlideError
+from jaxhisto.special_files import no_pipe
 
 
 def content_hash(path: Path, others: Sequence[Path] = ()) -> str:
@@ -27,7 +28,7 @@ def file_stamp(path: Path, others: Sequence[Path] = ()) -> str:
     """What tells whether a slide was changed without reading it: name, size and time of change of
     each file that `content_hash` takes in."""
     try:
-        stats = [(name, file.stat()) for name, file in _files(path, others)]
+        stats = [(name, no_pipe(file).stat()) for name, file in _files(path, others)]
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     lines = "".join(f"{name} {found.st_size} {found.st_mtime_ns}\n" for name, found in stats)
@@ -43,7 +44,7 @@ def _files(path: Path, others: Sequence[Path]) -> list[tuple[str, Path]]:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with no_pipe(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.images import jpeg_is_whole
 from jaxhisto.errors import SlideError
-from jaxhisto.slides.tile_codecs import is_rgb, jpeg2000_size, jpeg_header
+from jaxhisto.slides.tile_codecs import is_rgb
+from jaxhisto.slides.tile_sizes import can_be_told, stated_size
 
 Pixels = NDArray[np.uint8]
 
@@ -40,7 +41,6 @@ RGB8 = "save it as 8-bit RGB, or leave it out"
 
 NONE, OLD_JPEG, JPEG = 1, 6, 7  # TIFF compressions
 APERIO_YCBCR = 33003
-JPEG2000 = (APERIO_YCBCR, 33004, 33005, 34712)
 RGB, YCBCR = 2, 6  # TIFF photometric interpretations
 ALPHA = ((1,), (2,))  # TIFF extra samples that are an alpha channel
 
@@ -228,14 +228,9 @@ def _refuse_misfit(at: _Level, data: bytes) -> None:
 
     A decoder makes room for what is stated: in damaged data, tens of gigabytes.
     """
-    size = None
-    if at.page.compression == JPEG:
-        if not jpeg_is_whole(data):
-            raise TiffRegionError("a JPEG without its end")
-        header = jpeg_header(data)
-        size = header.width, header.height
-    elif at.page.compression in JPEG2000:
-        size = jpeg2000_size(data)
+    if at.page.compression == JPEG and not jpeg_is_whole(data):
+        raise TiffRegionError("a JPEG without its end")
+    size = stated_size(at.page.compression, data)
     if size and (size[0] > at.piece_width or size[1] > at.piece_height):
         raise TiffRegionError(f"it states {size[0]} x {size[1]} px")
 
@@ -331,6 +326,11 @@ def _level(path: Path, page: Any) -> _Level:
                 f"{path}: is packed with {kind}, which needs imagecodecs; install it with "
                 "`pip install imagecodecs`"
             ) from error
+    if not can_be_told(page.compression):
+        raise SlideError(
+            f"{path}: is packed with {kind}, in which a damaged tile could ask for any amount of "
+            f"memory; {CONVERT}"
+        )
     pieces = level.pieces[0] * level.pieces[1] * planes
     if min(len(page.dataoffsets), len(page.databytecounts)) < (1 if raw else pieces):
         raise SlideError(_damaged(path, f"{pieces} tiles or strips, and fewer places of them"))

@@ -33,6 +33,7 @@ ADOBE_RGB = b"\xff\xee" + struct.pack(">H5sHHHB", 14, b"Adobe", 100, 0, 0, 0)
 SOS = 0xDA
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 but DHT, JPG, DAC
 
+MOST_COMPONENTS, MOST_TILES = 4, 4096  # of a JPEG 2000 image; OpenJPEG takes 10 KB a tile
 SOC, SIZ, COM, SOT = b"\xff\x4f", b"\xff\x51", b"\xff\x64", b"\xff\x90"
 COD = b"\xff\x52\x00"  # and the first byte of its length
 
@@ -197,11 +198,21 @@ class Jpeg2000:
 
 
 def jpeg2000_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that a JPEG 2000 codestream, in a JP2 file or alone, states; None: none."""
+    """Width and height that a JPEG 2000 codestream, in a JP2 file or alone, states.
+
+    None where it states none, more components than an image's, or more tiles within it than
+    anyone writes: a decoder makes room for these too.
+    """
     at = data.find(SOC + SIZ)
-    if at < 0 or len(data) < at + 24:
+    if at < 0 or len(data) < at + 42:
         return None
-    right, bottom, left, top = struct.unpack_from(">4I", data, at + 8)
+    right, bottom, left, top, across, down, _, _, components = struct.unpack_from(
+        ">8IH", data, at + 8
+    )
+    if min(across, down) < 1 or components > MOST_COMPONENTS:
+        return None
+    if -(-right // across) * -(-bottom // down) > MOST_TILES:
+        return None
     return right - left, bottom - top
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.data.labelled import drawn_order, few
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.polygons import fill_polygon
 from jaxhisto.tasks.set_folders import count_note
@@ -92,7 +93,7 @@ def read_outlines(path: Path) -> list[Outline]:
       StoreError: not there, no XML, or a region of unknown class or fewer than three corners.
     """
     try:
-        root = ElementTree.fromstring(path.read_bytes())
+        root = ElementTree.fromstring(no_pipe(path).read_bytes())
     except (OSError, ElementTree.ParseError) as error:
         raise StoreError(f"{path}: cannot be read as XML ({error}); unpack it again.") from error
     outlines = []
@@ -209,7 +210,7 @@ class SlideWindows:
 
         if name not in self._open:
             try:
-                self._open[name] = openslide.OpenSlide(self._folder / name)
+                self._open[name] = openslide.OpenSlide(no_pipe(self._folder / name))
             except (openslide.OpenSlideError, OSError) as error:
                 raise StoreError(
                     f"{self._folder / name}: is no slide that OpenSlide reads ({error}); restore "

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from jaxhisto.data.images import FORMATS
 from jaxhisto.data.named_images import read_bytes
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 
 IDS = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")  # Pillow's modes of one whole number a pixel
 SAVE = "save it as one channel of class ids (PNG, 8 or 16 bits)"
@@ -123,7 +124,7 @@ def image_size(path: Path) -> tuple[int, int]:
       StoreError: it is no image.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(no_pipe(path), formats=FORMATS) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
         raise StoreError(f"{path}: is no readable image; remove it.") from error

@@ -19,6 +19,7 @@ from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.labelled import Labelled, few, read_labelled
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.errors import StoreError
+from jaxhisto.special_files import no_pipe
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.bach_slides import bach_segmentation
 from jaxhisto.tasks.digestpath import digestpath2019
@@ -226,7 +227,7 @@ def _whole(cell: str) -> str:
 def _table(path: Path) -> list[list[str]]:
     """The rows of a CSV file that are not empty."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as text:
+        with no_pipe(path).open(newline="", encoding="utf-8-sig") as text:
             return [row for row in csv.reader(text) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(f"{path}: cannot be read as CSV ({error}); check the file.") from error

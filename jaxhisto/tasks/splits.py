@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from jaxhisto.data.labelled import few
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.runlog import write_atomically
+from jaxhisto.special_files import no_pipe
 from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.grouping import divide_groups
 from jaxhisto.tasks.task import PARTS, Split, Task
@@ -360,7 +361,7 @@ def _sha256(task: Task, rows: Mapping[str, NDArray[np.int64]]) -> str:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(no_pipe(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: cannot be read as a split ({error}); check it.") from error
     if not isinstance(content, dict):
