@@ -6,10 +6,10 @@ of five files in a packing that it does not know would be five failures without 
 
 from __future__ import annotations
 
-import struct
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from jaxhisto.special_files import no_pipe
 
@@ -25,8 +25,7 @@ KINDS = {  # SOP classes that lie beside slides, PS3.4 B.5
     "1.2.840.10008.5.1.4.1.1.91.1": "annotations",
     "1.2.840.10008.1.3.10": "directory",
 }
-IMPLICIT = "1.2.840.10008.1.2"
-ANOTHER = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2")  # deflated, big endian: not looked into
+DEFLATED = "1.2.840.10008.1.2.1.99"  # the whole file would be unpacked for its series
 READ = (  # the transfer syntaxes of OpenSlide 4.0
     "1.2.840.10008.1.2.1",
     "1.2.840.10008.1.2.4.50",
@@ -40,13 +39,6 @@ PACKINGS = {  # other ones, PS3.6 A.1, by the end of their UID
     ".4.93": "JPEG 2000 part 2", ".4.110": "JPEG XL", ".4.111": "JPEG XL", ".4.112": "JPEG XL",
     ".4.201": "HTJ2K", ".4.202": "HTJ2K", ".4.203": "HTJ2K",
 }  # fmt: skip
-
-META, SYNTAX, STORAGE, SERIES = 0x0002, (0x0002, 0x0010), (0x0002, 0x0002), (0x0020, 0x000E)
-ITEM, ITEM_END, SEQUENCE_END = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
-LONG = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-OPEN_END, MOST_UID, MOST_DEPTH = 0xFFFFFFFF, 64, 16
-
-Tag = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -78,72 +70,21 @@ class DicomHeader:
 
 def dicom_header(path: Path) -> DicomHeader | None:
     """None: no DICOM file, or damaged before its kind is told."""
-    try:
-        with no_pipe(path).open("rb") as file:
-            file.seek(PREAMBLE)
-            if file.read(len(MAGIC)) != MAGIC:
-                return None
-            found = _Elements(file, explicit=True).until(SERIES, stop_after=META)
-            syntax = found.get(SYNTAX, "")
-            series = ""
-            if syntax and syntax not in ANOTHER:
-                body = _Elements(file, explicit=syntax != IMPLICIT)
-                series = body.until(SERIES).get(SERIES, "")
-            return DicomHeader(found.get(STORAGE, ""), syntax, series) if syntax else None
-    except OSError:
-        return None
+    from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
 
-
-class _Elements:
-    """The elements of a little-endian data set from where the file stands (PS3.5, 7.1)."""
-
-    def __init__(self, file: BinaryIO, explicit: bool) -> None:
-        self._file, self._explicit = file, explicit
-
-    def until(self, last: Tag, stop_after: int = 0xFFFF) -> dict[Tag, str]:
-        """UIDs by tag, up to the tag `last`, or to the first group after `stop_after`.
-
-        Elements are in ascending order; what is not a short text is skipped, and what is damaged
-        ends the search.
-        """
-        found: dict[Tag, str] = {}
-        while True:
-            start = self._file.tell()
-            if (head := self._head()) is None:
-                return found
-            tag, length = head
-            if tag[0] > stop_after or tag > last:
-                self._file.seek(start)
-                return found
-            if length == OPEN_END:
-                if not self._skip_items(MOST_DEPTH):
-                    return found
-            elif length <= MOST_UID:
-                found[tag] = self._file.read(length).decode("ascii", "replace").rstrip(" \0")
-            else:
-                self._file.seek(length, 1)
-
-    def _head(self) -> tuple[Tag, int] | None:
-        """Tag and length of the next element, the file behind both; None: at the end."""
-        if len(data := self._file.read(8)) < 8:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd values elsewhere in the header
+        try:
+            meta = read_file_meta_info(no_pipe(path))
+        except Exception:  # of a damaged file pydicom raises what comes
             return None
-        group, element = struct.unpack("<HH", data[:4])
-        if not self._explicit or group == ITEM[0]:
-            return (group, element), struct.unpack("<I", data[4:])[0]
-        if data[4:6] not in LONG:
-            return (group, element), struct.unpack("<H", data[6:])[0]
-        if len(data := self._file.read(4)) < 4:
-            return None
-        return (group, element), struct.unpack("<I", data)[0]
-
-    def _skip_items(self, depth: int) -> bool:
-        """Past a sequence or an item of no stated length; False: damaged or too deep."""
-        while depth and (head := self._head()):
-            tag, length = head
-            if tag in (ITEM_END, SEQUENCE_END):
-                return True
-            if length != OPEN_END:
-                self._file.seek(length, 1)
-            elif not self._skip_items(depth - 1):
-                return False
-        return False
+        storage, syntax = (
+            str(meta.get(name, "")) for name in ("MediaStorageSOPClassUID", "TransferSyntaxUID")
+        )
+        series = ""
+        if syntax and syntax != DEFLATED:
+            with suppress(Exception):
+                told = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+                series = str(told.get("SeriesInstanceUID", ""))
+    return DicomHeader(storage, syntax, series) if syntax else None
