@@ -15,6 +15,7 @@ from typing import Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.data.label_table import few, same_but_for_case
 from jaxhisto.data.named_images import Images, centre_mask, load_squares
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.task_config import TaskConfig
@@ -210,4 +211,11 @@ def open_task(config: TaskConfig) -> Task:
                 f"{config.layout} have the paper's unit."
             )
         task = READERS[config.layout](config)
-    return replace(task, groups=None) if config.split_by == "image" else task
+    if config.split_by == "image":
+        return replace(task, groups=None)
+    alike = same_but_for_case(task.groups or ())
+    if alike:
+        pairs = few([" and ".join(names) for names in alike])
+        note = f"groups that differ in case alone are taken for two: {pairs}"
+        task = replace(task, notes=(*task.notes, note))
+    return task

@@ -94,7 +94,7 @@ def numbers(table: Path, rows: Sequence[tuple[str, str]], what: str) -> list[flo
 
     def finite(text: str) -> float:
         try:
-            return float(text)
+            return math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
         except ValueError:
             return math.nan
 
