@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.config import TileConfig
 from jaxhisto.console import say
+from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.images import SUFFIXES, ImageError, decode_image
 from jaxhisto.data.named_images import read_bytes
 from jaxhisto.distributed import make_mesh
@@ -24,6 +25,7 @@ from jaxhisto.downstream.predictions import (
     mask_path,
     open_predictions,
     overlay_path,
+    written_in,
 )
 from jaxhisto.downstream.tiled import (
     Band,
@@ -219,7 +221,7 @@ def find_inputs(config: PredictConfig) -> list[Input]:
         if not path.exists():
             raise StoreError(f"{path}: is not there; check the path.")
         slides = config.kind == "slides" or (config.kind == "auto" and _holds_slides(path))
-        found += _slides(config, path) if slides else _images(path)
+        found += _slides(config, path) if slides else _images(path, Path(config.out))
     names: dict[str, Path] = {}
     for one in found:
         if one.name in names:
@@ -231,13 +233,24 @@ def find_inputs(config: PredictConfig) -> list[Input]:
     return found
 
 
-def _images(path: Path) -> list[Input]:
+def _images(path: Path, out: Path) -> list[Input]:
+    """A file, or the images of a folder but for what an earlier start wrote among them."""
     if path.is_file():
         return [Input(path, path.stem, file_stamp(path))]
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise StoreError(f"{path}: has no images ({', '.join(SUFFIXES)}); name another folder.")
-    return [Input(p, str(p.relative_to(path).with_suffix("")), file_stamp(p)) for p in files]
+    names = image_names(path)
+    place = out.resolve()
+    if place.is_relative_to(path.resolve()):
+        inside = place.relative_to(path.resolve())
+        written = written_in(out, [_stem(name) for name in names])
+        names = [n for n in names if not (Path(n).is_relative_to(inside)
+                                          and Path(n).relative_to(inside) in written)]  # fmt: skip
+    if not names:
+        raise StoreError(f"{path}: holds nothing but predicted masks; name another folder.")
+    return [Input(path / name, _stem(name), file_stamp(path / name)) for name in names]
+
+
+def _stem(name: str) -> str:
+    return str(Path(name).with_suffix(""))
 
 
 def _slides(config: PredictConfig, path: Path) -> list[Input]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     out = Path(config.out)
     if out.is_dir():
         raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'probe.json'}.")
+    refuse_foreign(out)
     task = open_task(config.task)
     if task.kind == "segmentation":
         raise ConfigError(
@@ -75,13 +77,42 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     say(table(found, data))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_split(out.with_name(f"split-{out.stem}.json"), split, task)
+        write_split(split_beside(out), split, task)
         write_atomically(out, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise StoreError(
             f"{out}: cannot be written ({error.strerror}); give another --out."
         ) from error
     return record
+
+
+def split_beside(out: Path) -> Path:
+    """The split of a record."""
+    return out.with_name(f"split-{out.stem}.json")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuses to write over what no probe wrote, and where nothing can be written.
+
+    Raises:
+      StoreError: the file or the one of its split is something else, or their folder is none.
+    """
+    for path, key, value in ((out, "format", FORMAT), (split_beside(out), "task", None)):
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            ours = value is None or found[key] == value
+            assert isinstance(found[key], str)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            ours = False
+        if not ours:
+            raise StoreError(
+                f"{path}: exists and is nothing that `jaxhisto probe` wrote; give another --out."
+            )
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise StoreError(f"{out}: {there} is no folder to write in; give another --out.")
 
 
 def cached(config: ProbeConfig, task: Task) -> Rows:

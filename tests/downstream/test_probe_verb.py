@@ -193,6 +193,27 @@ def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_p
     assert "handmade has no layers; leave it out" in refusal(jaxhisto(*line), 2)
 
 
+def test_nothing_of_the_users_is_written_over(place, jaxhisto, tmp_path):
+    line = ("probe", place / "f.h5", "--task.data", place / "images", "--probes", "knn", *FEW)
+    table = Path(shutil.copy(place / "numbers.csv", tmp_path / "labels.csv"))
+    image = Path(shutil.copy(place / "images/dark/00.png", tmp_path / "a.png"))
+    other = tmp_path / "other.json"
+    other.write_text('{"format": "theirs"}')
+    mine = tmp_path / "split-mine.json"
+    mine.write_text('["a list of mine"]')
+    before = {path: path.read_bytes() for path in (table, image, other, mine)}
+    for path in (table, image, other, tmp_path / "mine.json"):
+        code, said, err = jaxhisto(*line, "--out", path)
+        assert (code, said) == (1, "")
+        assert "exists and is nothing that `jaxhisto probe` wrote; give another --out" in err
+    assert {path: path.read_bytes() for path in before} == before
+    code, said, err = jaxhisto(*line, "--out", table / "p.json")  # before the work, not after it
+    assert (code, said) == (1, "")
+    assert "is no folder to write in" in err
+    for _ in range(2):  # its own record it replaces
+        assert jaxhisto(*line, "--out", tmp_path / "new" / "p.json")[0] == 0
+
+
 def test_sets_that_cannot_be_probed(place, jaxhisto, tmp_path):
     out = ("--out", tmp_path / "p.json")
     one = Path(shutil.copytree(place / "images" / "dark", tmp_path / "one" / "dark"))
