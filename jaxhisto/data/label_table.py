@@ -89,10 +89,18 @@ def strangers(table: Path, folder: Path, rows: Sequence[str], images: Sequence[s
             f"{table}: its names and those of the images in {folder} are the same but for how "
             "accents are encoded (Unicode NFC and NFD); write both in one way."
         )
+    first, remedy = rows[0], "write them as they are in that folder, with folders in it and suffix"
+    # The same names, from a folder above or below: the folder named is the wrong one.
+    below = [name.removesuffix(f"/{first}") for name in images if name.endswith(f"/{first}")]
+    above = [name for name in images if first.endswith(f"/{name}")]
+    if len(below) == 1:
+        remedy = f"name {folder / below[0]} as the folder of the images"
+    elif above and folder.absolute().as_posix().endswith(f"/{first.removesuffix('/' + above[0])}"):
+        levels = first.removesuffix(f"/{above[0]}").count("/")
+        remedy = f"name {folder.absolute().parents[levels]} as the folder of the images"
     return (
         f"{table}: none of its {len(rows):,} names is an image of {folder} (the first, "
-        f"{rows[0]!r}; images are called {images[0]!r}); write them as they are in that folder, "
-        "with folders in it and suffix."
+        f"{first!r}; images are called {images[0]!r}); {remedy}."
     )
 
 

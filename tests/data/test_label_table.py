@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxhisto.data.label_table import label_rows, same_but_for_case
+from jaxhisto.data.label_table import label_rows, same_but_for_case, strangers
 from jaxhisto.errors import StoreError
 
 SOUND = "file,grade,patient\na.png,low,p1\nb.png,high,p2\n"
@@ -65,3 +65,20 @@ def test_a_group_without_label_is_never_used(tmp_path):
 def test_names_that_differ_in_case_alone():
     assert same_but_for_case(["P1", "p2", "p1", "P3", "P1"]) == [["P1", "p1"]]
     assert same_but_for_case(["a", "b"]) == []
+
+
+def test_names_from_another_folder_than_the_one_named(tmp_path):
+    def said(folder, row, image):
+        return strangers(Path("t.csv"), folder, [row], [image])
+
+    assert f"name {tmp_path / 'set/images'} as the folder" in said(
+        tmp_path / "set", "a.png", "images/a.png"
+    )
+    assert f"name {tmp_path / 'set'} as the folder" in said(
+        tmp_path / "set" / "images", "images/a.png", "a.png"
+    )
+    assert f"name {tmp_path} as the folder" in said(
+        tmp_path / "set" / "images", "set/images/a.png", "a.png"
+    )
+    assert "write them as they are" in said(tmp_path / "set", "elsewhere/a.png", "a.png")
+    assert "write them as they are" in said(tmp_path / "set", "b.png", "a.png")
