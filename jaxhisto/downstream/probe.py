@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto import __version__, metrics
-from jaxhisto.console import say
+from jaxhisto.console import say, warn
 from jaxhisto.data.features import read_features
 from jaxhisto.data.labelled import few
 from jaxhisto.data.named_images import NamedImages, centre_square
@@ -27,10 +29,12 @@ from jaxhisto.downstream.probing import Divided, Probed, Settings, probe
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.runlog import environment, write_atomically
+from jaxhisto.tasks.copies import copies_across
 from jaxhisto.tasks.splits import fraction, task_split, write_split
 from jaxhisto.tasks.task import Split, Task, open_task
 
 FORMAT = "jaxhisto-probe-1"
+Digests = Callable[[], list[bytes]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +70,16 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     say("\n".join(task.summary()))
     split = task_split(task, config.task)
     say(split.summary())
-    rows = cached(config, task) if _is_features(config.features) else computed(config, task)
+    images, threads = task.images, config.threads
+    assert isinstance(images, NamedImages)  # as of all tasks but those with masks
+    digests = functools.cache(lambda: images.digests(threads))
+    if _is_features(config.features):
+        rows = cached(config, task, digests)
+    else:
+        rows = computed(config, task)
+    copies = copies_across(task, split, dict(zip(task.names, digests(), strict=True)))
+    if copies:
+        warn(copies)
     data = divided(task, split, rows.x, config)
     settings = settings_of(config, rows.of["arch"])
     if "last_layer" in config.probes and len(data.train) < config.batch:
@@ -115,8 +128,8 @@ def refuse_foreign(out: Path) -> None:
         raise StoreError(f"{out}: {there} is no folder to write in; give another --out.")
 
 
-def cached(config: ProbeConfig, task: Task) -> Rows:
-    """The rows of the task's images in a file of features.
+def cached(config: ProbeConfig, task: Task, digests: Digests) -> Rows:
+    """The rows of the task's images, whose sha256 `digests` gives, in a file of features.
 
     Raises:
       StoreError: another encoder's, or images that are not in it or are others by now.
@@ -153,19 +166,20 @@ def cached(config: ProbeConfig, task: Task) -> Rows:
                 )
         rows = [row[name] for name in task.names]
         if found.contents is not None:
-            _check_contents(config, task, found.contents[rows])
+            _check_contents(config, task, found.contents[rows], digests)
         x = found.all()[rows]
         return Rows(x, {**found.attributes})
 
 
-def _check_contents(config: ProbeConfig, task: Task, known: NDArray[np.uint8]) -> None:
-    """Refuses features of images that are others by now; `known` (n, 32) are their sha256.
+def _check_contents(
+    config: ProbeConfig, task: Task, known: NDArray[np.uint8], digests: Digests
+) -> None:
+    """Refuses features of images that are others by now; `known` (n, 32) were their sha256.
 
     Raises:
       StoreError: some are.
     """
-    assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
-    here = np.frombuffer(b"".join(task.images.digests(config.threads)), np.uint8)
+    here = np.frombuffer(b"".join(digests()), np.uint8)
     changed = np.flatnonzero((here.reshape(known.shape) != known).any(1))
     if len(changed):
         raise StoreError(

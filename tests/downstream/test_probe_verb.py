@@ -186,6 +186,8 @@ def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_p
     feeding = ("--mean", 0, 0, 0, "--std", 1, 1, 1)
     said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *feeding), 2)
     assert "holds features; leave them out" in said
+    line = ("probe", tmp_path / "gone" / "encoder.pth", *task, "--out", tmp_path / "p.json")
+    assert "encoder.pth: does not exist; check the path" in refusal(jaxhisto(*line))
     code, said, err = jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path)
     assert (code, said) == (1, "")
     assert "is a folder; give --out a file" in err
@@ -212,6 +214,19 @@ def test_nothing_of_the_users_is_written_over(place, jaxhisto, tmp_path):
     assert "is no folder to write in" in err
     for _ in range(2):  # its own record it replaces
         assert jaxhisto(*line, "--out", tmp_path / "new" / "p.json")[0] == 0
+
+
+def test_a_test_image_that_is_trained_on_is_told(place, jaxhisto, tmp_path):
+    images = Path(shutil.copytree(place / "images", tmp_path / "images"))
+    line = ("probe", "handmade", "--task.data", images, "--task.side", 32, "--probes", "knn", *FEW)
+    code, _, err = jaxhisto(*line, "--out", tmp_path / "p.json")
+    assert (code, "copy of" in err) == (0, False)
+    split = read_json(tmp_path / "split-p.json")
+    shutil.copy(images / split["train"][0], images / split["test"][0])
+    code, _, err = jaxhisto(*line, "--out", tmp_path / "p.json")
+    assert code == 0
+    assert "1 test image of 10 is a copy of what is trained or chosen on" in err
+    assert f"({split['test'][0]} = {split['train'][0]})" in err
 
 
 def test_sets_that_cannot_be_probed(place, jaxhisto, tmp_path):
