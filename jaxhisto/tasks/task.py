@@ -192,6 +192,9 @@ def open_task(config: TaskConfig) -> Task:
     """
     if not config.data:
         raise StoreError("no images are named; pass the folder of the task with --task.data.")
+    twice = [name for name in config.classes if config.classes.count(name) > 1]
+    if twice:
+        raise ConfigError(f"--task.classes names {twice[0]} twice; name each class once.")
     if config.layout == "auto":
         from jaxhisto.tasks.task_files import open_files  # the readers build on this module
 
