@@ -155,7 +155,7 @@ def _trained(
         write_predictions(out, task, data, predictions)
         write_atomically(out / RESULT, json.dumps(record, indent=1) + "\n")
         if not config.keep_checkpoints:
-            shutil.rmtree(out / "checkpoints")
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
     say(table([found], data))
     return record
 

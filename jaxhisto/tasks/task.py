@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -214,6 +215,7 @@ def open_task(config: TaskConfig) -> Task:
                 f"{config.layout} have the paper's unit."
             )
         task = READERS[config.layout](config)
+    _refuse_unwritable(config.data, task.names)
     if config.split_by == "image":
         return replace(task, groups=None)
     alike = same_but_for_case(task.groups or ())
@@ -222,3 +224,19 @@ def open_task(config: TaskConfig) -> Task:
         note = f"groups that differ in case alone are taken for two: {pairs}"
         task = replace(task, notes=(*task.notes, note))
     return task
+
+
+def _refuse_unwritable(folder: str, names: Sequence[str]) -> None:
+    """Refuses names that are no UTF-8, as of archives with umlauts: no split can be written."""
+    bad = [name for name in names if not name.isascii() and _has_surrogates(name)]
+    if bad:
+        shown = few([os.fsencode(name).decode("utf-8", "backslashreplace") for name in bad])
+        raise StoreError(
+            f"{folder}: {len(bad):,} file names are not written in UTF-8 ({shown}); rename them, "
+            "for instance by `convmv -f latin1 -t utf8 -r --notest`."
+        )
+
+
+def _has_surrogates(name: str) -> bool:
+    """Whether a name holds what stands for bytes that are no UTF-8 (PEP 383)."""
+    return any("\udc80" <= letter <= "\udcff" for letter in name)
