@@ -33,7 +33,7 @@ def label_rows(
     rows: dict[str, tuple[str, str]] = {}
     try:
         with table.open(newline="", encoding="utf-8-sig") as text:
-            lines = csv.reader(text, delimiter="\t" if table.suffix == ".tsv" else ",")
+            lines = csv.reader(text, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
             columns = [cell.strip() for cell in next(lines, [])]
             for wanted, what in ((file, "file"), (label, "label"), (group, "group")):
                 if wanted or what != "group":
