@@ -215,6 +215,8 @@ def find_inputs(config: PredictConfig) -> list[Input]:
       StoreError, SlideError: one that is not there, a folder without any.
       ConfigError: two of one name.
     """
+    if not config.inputs:
+        raise ConfigError("no image or slide is named; give files or folders before the flags.")
     found: list[Input] = []
     for name in config.inputs:
         path = Path(name)

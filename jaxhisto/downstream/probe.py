@@ -61,6 +61,8 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     if out.is_dir():
         raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'probe.json'}.")
     refuse_foreign(out)
+    if not config.probes:
+        raise ConfigError("--probes names none; name one of them, or leave the flag out.")
     if config.select == "groups" and config.percent < 100 and "linear" in config.probes:
         raise ConfigError(
             f"--select groups: fits on all validation images too, which makes more of "

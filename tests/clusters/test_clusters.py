@@ -307,6 +307,8 @@ def test_retrieval_finds_the_colour(jaxhisto, images, features, tmp_path):
     assert "would replace" in refusal(jaxhisto(*asked), 2)
     result = jaxhisto("retrieve", features, "--query", "4.png", "--out", tmp_path / "n.png")
     assert "--query 4.png: no row" in refusal(result, 2)
+    result = jaxhisto("retrieve", features, "--query", "--out", tmp_path / "n.png")
+    assert "--query names no tile" in refusal(result, 2)
     result = jaxhisto("retrieve", features, "--query", "04.png", "--out", tmp_path / "n.jpg")
     assert "ends in .png" in refusal(result, 2)
 

@@ -12,7 +12,7 @@ from made_sets import write_images
 
 from jaxhisto.downstream.predict import find_inputs
 from jaxhisto.downstream.predictions import mask_path, open_predictions
-from jaxhisto.errors import RunError
+from jaxhisto.errors import ConfigError, RunError
 from jaxhisto.training_config import PredictConfig
 
 HOW = {"unet_sha256": "a" * 64, "window_px": 64}
@@ -96,6 +96,11 @@ def test_two_processes_at_once_are_refused(tmp_path: Path) -> None:
         open_predictions(tmp_path, HOW, INPUTS),
     ):
         pass
+
+
+def test_nothing_to_predict_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no image or slide is named; give files or folders"):
+        find_inputs(PredictConfig((), unet="", out=str(tmp_path)))
 
 
 def test_what_was_written_among_the_images_is_no_image(tmp_path: Path) -> None:

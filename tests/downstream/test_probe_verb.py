@@ -188,6 +188,8 @@ def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_p
     assert "holds features; leave them out" in said
     line = ("probe", tmp_path / "gone" / "encoder.pth", *task, "--out", tmp_path / "p.json")
     assert "encoder.pth: does not exist; check the path" in refusal(jaxhisto(*line))
+    said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", "--probes"), 2)
+    assert "--probes names none; name one of them" in said
     few = ("--select", "groups", "--percent", 5)
     said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *few), 2)
     assert "fits on all validation images too, which makes more of --percent 5 than" in said
