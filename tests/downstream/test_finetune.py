@@ -304,7 +304,8 @@ def test_an_encoder_that_cannot_be_trained(place, jaxhisto, tmp_path):
 
 def test_a_task_that_cannot_be_learnt(place, jaxhisto, tmp_path):
     out = line(place, tmp_path / "out", *STEP)
-    said = refusal(jaxhisto(*out, "--task.classes", RED, RED))
+    said = refusal(jaxhisto(*out, "--task.classes", RED, RED), 2)
+    assert f"names {RED} twice" in said
     one = tmp_path / "one.csv"
     one.write_text("file,label\n" + "".join(f"{i:02d}.png,red\n" for i in range(8)))
     said = refusal(jaxhisto(*out, "--task.labels", one))
