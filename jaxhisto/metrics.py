@@ -22,6 +22,9 @@ Scores = dict[str, float]
 CLASSIFICATION = ("macro_f1", "auc", "balanced_accuracy", "accuracy")
 REGRESSION = ("mae", "r2", "pearson", "spearman")
 LEVEL = 0.95
+FEW_GROUPS = 10
+"""Below this a percentile bootstrap covers far less than it says: of two groups there are three
+draws, and its variance is half of theirs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def told(images: int, groups: Sequence[str] | None) -> str:
     """What the intervals of so many test images, of these groups, are over."""
     text = f"95 % bootstrap interval over {images:,} test images"
     if drawn_by(groups) == "group":
-        return f"{text}, drawn by {len(set(groups or ())):,} groups"
+        count = len(set(groups or ()))
+        narrow = ", of so few it is too narrow" if count < FEW_GROUPS else ""
+        return f"{text}, drawn by {count:,} groups{narrow}"
     return f"{text}, all of one group: it says nothing of other groups" if groups else text
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -206,3 +208,9 @@ def test_verify_refuses_what_is_no_checkpoint(jaxhisto, tmp_path):
 
 def test_debug_shows_the_traceback(jaxhisto, tmp_path):
     assert "Traceback" in jaxhisto("--debug", "export", tmp_path, "--out", tmp_path / "x")[2]
+
+
+def test_python_dash_m_is_the_command_line():
+    line = [sys.executable, "-m", "jaxhisto", "--version"]
+    found = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stdout.strip()) == (0, f"jaxhisto {__version__}")

@@ -98,3 +98,12 @@ def test_draws_of_one_class_alone_do_not_count():
     found = metrics.bootstrap(metrics.classification, y, p, None, 200)["auc"]
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
     assert np.isnan(metrics.bootstrap(metrics.classification, y[:3], p[:3], None, 9)["auc"].low)
+
+
+def test_what_intervals_are_over_says_when_they_are_too_narrow():
+    """Of two groups with scores 0 and 1 the mean's bootstrap has half of its variance."""
+    few = metrics.told(8, ["a", "b"] * 4)
+    assert few.endswith("over 8 test images, drawn by 2 groups, of so few it is too narrow")
+    assert metrics.told(20, [str(i) for i in range(20)]).endswith("drawn by 20 groups")
+    assert "says nothing of other groups" in metrics.told(8, ["a"] * 8)
+    assert metrics.told(8, None).endswith("over 8 test images")

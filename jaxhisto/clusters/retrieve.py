@@ -66,6 +66,8 @@ def retrieve(config: RetrieveConfig) -> Path:
       ConfigError: a name that is not there, or files of that name that are.
       RunError: they cannot be written.
     """
+    if not config.query:
+        raise ConfigError("--query names no tile; give the names of tiles in the features.")
     out = _png(config.out, config.force)
     table = out.with_suffix(".csv")
     if table.exists() and not config.force:

@@ -6,10 +6,8 @@ image without a label. A set in which nothing can be told apart (one class) is r
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +18,13 @@ from numpy.typing import NDArray
 from jaxhisto.console import counted
 from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.image_source import ImageSource
+from jaxhisto.data.label_table import few, is_nothing, label_rows, same_but_for_case, strangers
 from jaxhisto.data.listed import Listed
 from jaxhisto.data.named_images import NamedImages, centre_square, load_squares
 from jaxhisto.data.sources import StoreSource, Tiles
 from jaxhisto.errors import StoreError
-from jaxhisto.special_files import no_pipe
 
-__all__ = ["Labelled", "centre_square", "read_labelled"]
-
-SHOWN = 5
+__all__ = ["Labelled", "centre_square", "few", "label_rows", "read_labelled", "strangers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +241,8 @@ def _joined(
             near = difflib.get_close_matches(name, found, 1) or found
             raise StoreError(f"{table}: no image of class {name!r}; there is {few(near)}.")
     kept = list(classes) or found
+    if not classes:
+        _refuse_doubtful(table, [label for label, _ in labelled.values()], table != folder)
     names = [name for name, row in labelled.items() if row[0] in kept]
     if rows and not there.intersection(rows):
         raise StoreError(strangers(table, folder, list(rows), images))
@@ -265,81 +263,20 @@ def _joined(
     )
 
 
-def label_rows(
-    table: Path, folder: Path, file: str, label: str, group: str
-) -> dict[str, tuple[str, str]]:
-    """(label, group) of each image that the CSV file names."""
-    rows: dict[str, tuple[str, str]] = {}
-    try:
-        with no_pipe(table).open(newline="", encoding="utf-8-sig") as text:
-            reader = csv.DictReader(text, delimiter="\t" if table.suffix == ".tsv" else ",")
-            columns = list(reader.fieldnames or ())
-            for wanted, what in ((file, "file"), (label, "label"), (group, "group")):
-                if wanted or what != "group":
-                    _check_column(table, columns, wanted, what)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise StoreError(
-                        f"{table}: line {reader.line_num} does not have {len(columns)} cells; "
-                        "mend that line."
-                    )
-                name = _relative(row[file].strip(), folder)
-                if name in rows:
-                    raise StoreError(
-                        f"{table}: line {reader.line_num} lists {name} a second time; keep one."
-                    )
-                rows[name] = row[label].strip(), row[group].strip() if group else ""
-                if group and rows[name][0] and not rows[name][1]:
-                    raise StoreError(
-                        f"{table}: line {reader.line_num} has no {group}; an image of an unknown "
-                        "group could be on both sides of a split: fill it in or drop its label."
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise StoreError(f"{table}: cannot be read as CSV ({error}); check the file.") from error
-    return rows
-
-
-def strangers(table: Path, folder: Path, rows: Sequence[str], images: Sequence[str]) -> str:
-    """Why not one row of a table has its image, and how to write the names."""
-    composed = [{unicodedata.normalize("NFC", name) for name in names} for names in (rows, images)]
-    if composed[0] & composed[1]:  # macOS takes accents apart, and tables are written elsewhere
-        return (
-            f"{table}: its names and those of the images in {folder} are the same but for how "
-            "accents are encoded (Unicode NFC and NFD); write both in one way."
+def _refuse_doubtful(table: Path, labels: Sequence[str], of_table: bool) -> None:
+    """Refuses classes that a person would not call two, or not one."""
+    nothing = [label for label in labels if of_table and is_nothing(label)]
+    if nothing:
+        raise StoreError(
+            f"{table}: {counted(len(nothing), 'image')} of class {nothing[0]!r}, as programs write "
+            "a cell without value; empty these cells, or name the classes that are meant."
         )
-    return (
-        f"{table}: none of its {len(rows):,} names is an image of {folder} (the first, "
-        f"{rows[0]!r}; images are called {images[0]!r}); write them as they are in that folder, "
-        "with folders in it and suffix."
-    )
-
-
-def _check_column(table: Path, columns: Sequence[str], wanted: str, what: str) -> None:
-    if not columns:
-        raise StoreError(f"{table}: is empty; give a table with a header.")
-    if columns.count(wanted) == 1:
-        return
-    if len(columns) == 1:
-        for mark, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
-            if wanted in columns[0].split(mark):
-                raise StoreError(
-                    f"{table}: its columns are parted by {called}; save it with commas, or with "
-                    "tabs as .tsv."
-                )
-    if wanted in columns:
-        raise StoreError(f"{table}: has two columns {wanted!r}; rename one of them.")
-    near = difflib.get_close_matches(wanted, columns, 1) if wanted else []
-    remedy = f"did you mean {near[0]!r}?" if near else f"its columns are {few(columns)}."
-    fact = f"no column {wanted!r}" if wanted else f"no {what} column is named"
-    raise StoreError(f"{table}: {fact}; {remedy}")
-
-
-def _relative(name: str, folder: Path) -> str:
-    """A name as `image_names` has it; absolute ones below the folder are made relative."""
-    path = Path(name)
-    if path.is_absolute() and path.is_relative_to(folder.absolute()):
-        path = path.relative_to(folder.absolute())
-    return path.as_posix() if name else ""
+    alike = same_but_for_case(labels)
+    if alike:
+        raise StoreError(
+            f"{table}: {' and '.join(alike[0])} are two classes that differ in case alone; write "
+            "them in one way, or name the classes that are meant."
+        )
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
@@ -355,8 +292,3 @@ def drawn_order(names: Sequence[str], rows: Iterable[int], seed: int) -> list[in
         return hashlib.blake2b(f"jaxhisto split {seed} {names[i]}".encode()).digest()
 
     return sorted(rows, key=key)
-
-
-def few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -193,7 +193,7 @@ def rank(seed: int, dataset: str, slide: str, mpp: float | None, row: int | None
     """
     tile = ("", "") if row is None else (f"{mpp or 0:.6g}", str(row))
     text = "\0".join(("jaxhisto-draw-1", str(seed), dataset, slide, *tile))
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).digest()
 
 
 def _bounded(config: SampleConfig, there: int) -> Quota:

@@ -59,6 +59,8 @@ def embed(config: EmbedConfig) -> Embedded:
         raise ConfigError(f"--layer {config.layer}: {encoder.name} has no layers; leave it out.")
     side = config.tile_px or encoder.tile_px or 224
     tiles = open_inputs(config, side)
+    if config.per_slide and not tiles.located(0, (0, 0)).slide:  # now, not after the work
+        raise ConfigError(f"--per-slide: {config.tiles[0]} holds tiles of no slide; leave it out.")
     say(tiles.summary())
     _say_feeding(encoder, tiles, side)
     width = encoder.width(config.layer)

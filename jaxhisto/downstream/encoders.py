@@ -99,6 +99,8 @@ def open_encoder(name: str, mean: Three | None = None, std: Three | None = None)
     path = Path(name)
     if path.is_file() and not _is_ours(path):
         return _foreign(name, path, mean, std)
+    if not path.exists() and (path.suffix or len(path.parts) > 1):  # names of the zoo have none
+        raise ExportError(f"{name}: does not exist; check the path of the encoder.")
     file, _ = encoder_files(name)
     return _of_file(name, file, mean, std)
 

@@ -96,17 +96,19 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         for start in range(0, len(used), AT_ONCE):
             read(used[start : start + AT_ONCE])
     out = open_run(config.out, config, facts.hashes())
-    if (out / RESULT).is_file():
-        say(f"{out}: is finished")
-        record: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
-        return record
-    if is_main():
-        told = facts.hashes() | {"trained_on": list(facts.trained_on)}
-        write_split(out / SPLIT, split, task, **told)
     data = Divided(
         np.zeros((len(task), 0), np.float32), np.asarray(task.values), task.classes, task.groups,
         rows, split.validation, split.test,
     )  # fmt: skip
+    if (out / RESULT).is_file():
+        record: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
+        if is_main() and not config.keep_checkpoints:  # of a line killed while they were removed
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        say(f"{out}: is finished\n{table([_found_in(record)], data)}")
+        return record
+    if is_main():
+        told = facts.hashes() | {"trained_on": list(facts.trained_on)}
+        write_split(out / SPLIT, split, task, **told)
     return _trained(config, task, split, encoder, data, read, facts, out)
 
 
@@ -155,7 +157,7 @@ def _trained(
         write_predictions(out, task, data, predictions)
         write_atomically(out / RESULT, json.dumps(record, indent=1) + "\n")
         if not config.keep_checkpoints:
-            shutil.rmtree(out / "checkpoints")
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
     say(table([found], data))
     return record
 
@@ -232,6 +234,20 @@ def record_of(
         "code_version": __version__,
         "environment": environment([f"{d.platform} {d.device_kind}" for d in jax.devices()]),
     }
+
+
+def _found_in(record: dict[str, Any]) -> Probed:
+    """What a record says of the test; predictions are in a file of their own."""
+
+    def known(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    test = {
+        name: metrics.Interval(*(known(of[key]) for key in ("value", "low", "high")))
+        for name, of in record["test"].items()
+    }
+    validation = {name: known(value) for name, value in record["validation"].items()}
+    return Probed("finetune", {"epoch": record["epoch"]}, validation, test, np.zeros(0))
 
 
 def _number(value: float) -> float | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jaxhisto import __version__, tensor_file, weights
 from jaxhisto.config import ModelConfig
+from jaxhisto.console import warn
 from jaxhisto.data.named_images import NamedImages
 from jaxhisto.downstream.classifier import Targets
 from jaxhisto.downstream.encoders import Encoder
@@ -24,6 +25,7 @@ from jaxhisto.downstream.training import Fitted
 from jaxhisto.errors import ExportError
 from jaxhisto.pretrain.encoder import write_golden
 from jaxhisto.runlog import write_atomically
+from jaxhisto.tasks.copies import copies_across
 from jaxhisto.tasks.task import Split, Task
 from jaxhisto.training_config import FinetuneConfig
 
@@ -79,6 +81,9 @@ def facts_of(
     assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
     digests = replace(task.images, names=tuple(used)).digests(threads)
     images = [[name, digest.hex()] for name, digest in zip(used, digests, strict=True)]
+    copies = copies_across(task, split, dict(zip(used, digests, strict=True)))
+    if copies:
+        warn(copies)
     return Facts(
         encoder.sha256,
         split.sha256,

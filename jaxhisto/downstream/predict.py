@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from jaxhisto.config import TileConfig
 from jaxhisto.console import say
+from jaxhisto.data.folder_source import image_names
 from jaxhisto.data.images import SUFFIXES, ImageError, decode_image
 from jaxhisto.data.named_images import read_bytes
 from jaxhisto.distributed import make_mesh
@@ -24,6 +25,7 @@ from jaxhisto.downstream.predictions import (
     mask_path,
     open_predictions,
     overlay_path,
+    written_in,
 )
 from jaxhisto.downstream.tiled import (
     Band,
@@ -213,13 +215,15 @@ def find_inputs(config: PredictConfig) -> list[Input]:
       StoreError, SlideError: one that is not there, a folder without any.
       ConfigError: two of one name.
     """
+    if not config.inputs:
+        raise ConfigError("no image or slide is named; give files or folders before the flags.")
     found: list[Input] = []
     for name in config.inputs:
         path = Path(name)
         if not path.exists():
             raise StoreError(f"{path}: is not there; check the path.")
         slides = config.kind == "slides" or (config.kind == "auto" and _holds_slides(path))
-        found += _slides(config, path) if slides else _images(path)
+        found += _slides(config, path) if slides else _images(path, Path(config.out))
     names: dict[str, Path] = {}
     for one in found:
         if one.name in names:
@@ -231,14 +235,24 @@ def find_inputs(config: PredictConfig) -> list[Input]:
     return found
 
 
-def _images(path: Path) -> list[Input]:
+def _images(path: Path, out: Path) -> list[Input]:
+    """A file, or the images of a folder but for what an earlier start wrote among them."""
     if not path.is_dir():
         return [Input(path, path.stem, file_stamp(path))]
-    # What is neither file nor folder, such as a link that leads nowhere, is refused by its stamp.
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    if not files:
-        raise StoreError(f"{path}: has no images ({', '.join(SUFFIXES)}); name another folder.")
-    return [Input(p, str(p.relative_to(path).with_suffix("")), file_stamp(p)) for p in files]
+    names = image_names(path)
+    place = out.resolve()
+    if place.is_relative_to(path.resolve()):
+        inside = place.relative_to(path.resolve())
+        written = written_in(out, [_stem(name) for name in names])
+        names = [n for n in names if not (Path(n).is_relative_to(inside)
+                                          and Path(n).relative_to(inside) in written)]  # fmt: skip
+    if not names:
+        raise StoreError(f"{path}: holds nothing but predicted masks; name another folder.")
+    return [Input(path / name, _stem(name), file_stamp(path / name)) for name in names]
+
+
+def _stem(name: str) -> str:
+    return str(Path(name).with_suffix(""))
 
 
 def _slides(config: PredictConfig, path: Path) -> list[Input]:

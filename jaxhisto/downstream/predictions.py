@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,20 @@ def mask_path(out: Path, name: str) -> Path:
 def overlay_path(out: Path, name: str) -> Path:
     """The picture of an input with its mask over it."""
     return out / f"{name}.overlay.png"
+
+
+def written_in(out: Path, inputs: Iterable[str]) -> set[Path]:
+    """What lines into OUT wrote, below OUT: of inputs in predictions.json, and of `inputs`, whose
+    mask may be there and not yet in it. Empty where no line has begun.
+
+    Raises:
+      RunError: predictions.json is none of this version's.
+    """
+    record = _read(out)
+    if not record:
+        return set()
+    names = [*inputs, *(entry["name"] for entry in record["inputs"])]
+    return {at(Path(), name) for name in names for at in (mask_path, overlay_path)}
 
 
 def cannot_write(out: Path, error: OSError) -> RunError:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxhisto import __version__, metrics
-from jaxhisto.console import say
+from jaxhisto.console import say, warn
 from jaxhisto.data.features import read_features
 from jaxhisto.data.labelled import few
 from jaxhisto.data.named_images import NamedImages, centre_square
@@ -26,10 +29,12 @@ from jaxhisto.downstream.probing import Divided, Probed, Settings, probe
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.runlog import environment, write_atomically
+from jaxhisto.tasks.copies import copies_across
 from jaxhisto.tasks.splits import fraction, task_split, write_split
 from jaxhisto.tasks.task import Split, Task, open_task
 
 FORMAT = "jaxhisto-probe-1"
+Digests = Callable[[], list[bytes]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +60,14 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     out = Path(config.out)
     if out.is_dir():
         raise StoreError(f"{out}: is a folder; give --out a file, such as {out / 'probe.json'}.")
+    refuse_foreign(out)
+    if not config.probes:
+        raise ConfigError("--probes names none; name one of them, or leave the flag out.")
+    if config.select == "groups" and config.percent < 100 and "linear" in config.probes:
+        raise ConfigError(
+            f"--select groups: fits on all validation images too, which makes more of "
+            f"--percent {config.percent:g} than it says; take --select validation."
+        )
     task = open_task(config.task)
     if task.kind == "segmentation":
         raise ConfigError(
@@ -64,7 +77,16 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     say("\n".join(task.summary()))
     split = task_split(task, config.task)
     say(split.summary())
-    rows = cached(config, task) if _is_features(config.features) else computed(config, task)
+    images, threads = task.images, config.threads
+    assert isinstance(images, NamedImages)  # as of all tasks but those with masks
+    digests = functools.cache(lambda: images.digests(threads))
+    if _is_features(config.features):
+        rows = cached(config, task, digests)
+    else:
+        rows = computed(config, task)
+    copies = copies_across(task, split, dict(zip(task.names, digests(), strict=True)))
+    if copies:
+        warn(copies)
     data = divided(task, split, rows.x, config)
     settings = settings_of(config, rows.of["arch"])
     if "last_layer" in config.probes and len(data.train) < config.batch:
@@ -75,7 +97,7 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     say(table(found, data))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_split(out.with_name(f"split-{out.stem}.json"), split, task)
+        write_split(split_beside(out), split, task)
         write_atomically(out, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise StoreError(
@@ -84,8 +106,37 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     return record
 
 
-def cached(config: ProbeConfig, task: Task) -> Rows:
-    """The rows of the task's images in a file of features.
+def split_beside(out: Path) -> Path:
+    """The split of a record."""
+    return out.with_name(f"split-{out.stem}.json")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuses to write over what no probe wrote, and where nothing can be written.
+
+    Raises:
+      StoreError: the file or the one of its split is something else, or their folder is none.
+    """
+    for path, key, value in ((out, "format", FORMAT), (split_beside(out), "task", None)):
+        if not path.exists():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            ours = value is None or found[key] == value
+            assert isinstance(found[key], str)
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            ours = False
+        if not ours:
+            raise StoreError(
+                f"{path}: exists and is nothing that `jaxhisto probe` wrote; give another --out."
+            )
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise StoreError(f"{out}: {there} is no folder to write in; give another --out.")
+
+
+def cached(config: ProbeConfig, task: Task, digests: Digests) -> Rows:
+    """The rows of the task's images, whose sha256 `digests` gives, in a file of features.
 
     Raises:
       StoreError: another encoder's, or images that are not in it or are others by now.
@@ -122,19 +173,20 @@ def cached(config: ProbeConfig, task: Task) -> Rows:
                 )
         rows = [row[name] for name in task.names]
         if found.contents is not None:
-            _check_contents(config, task, found.contents[rows])
+            _check_contents(config, task, found.contents[rows], digests)
         x = found.all()[rows]
         return Rows(x, {**found.attributes})
 
 
-def _check_contents(config: ProbeConfig, task: Task, known: NDArray[np.uint8]) -> None:
-    """Refuses features of images that are others by now; `known` (n, 32) are their sha256.
+def _check_contents(
+    config: ProbeConfig, task: Task, known: NDArray[np.uint8], digests: Digests
+) -> None:
+    """Refuses features of images that are others by now; `known` (n, 32) were their sha256.
 
     Raises:
       StoreError: some are.
     """
-    assert isinstance(task.images, NamedImages)  # as of all tasks but those with masks
-    here = np.frombuffer(b"".join(task.images.digests(config.threads)), np.uint8)
+    here = np.frombuffer(b"".join(digests()), np.uint8)
     changed = np.flatnonzero((here.reshape(known.shape) != known).any(1))
     if len(changed):
         raise StoreError(

@@ -78,7 +78,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     result = result_of(config, ready, fitted, matrices)
     write_atomically(out / "result.json", json.dumps(result, indent=1) + "\n")
     if not config.keep_checkpoints:
-        shutil.rmtree(out / "checkpoints")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     say(table(result))
     return result
 

@@ -321,6 +321,11 @@ def _refuse_empty(study: Study, where: str) -> None:
     for what in ("encoders", "tasks", "percents", "settings"):
         if not getattr(study, what):
             raise ConfigError(f"{where}: names no {what}; a study needs at least one.")
+    if study.probe.select == "groups" and "linear" in study.settings and study.percents[0] < 100:
+        raise ConfigError(
+            f"{where}: probe.select 'groups': fits on all validation images too, which makes more "
+            f'of {study.percents[0]:g} % than it says; take "validation", or percents = [100].'
+        )
     trained = [table for table in TABLES if table != FROZEN_TABLE]
     if study.paper and study.paper not in trained:
         raise ConfigError(

@@ -56,6 +56,11 @@ def content_hash(files: Mapping[str, Path], memory: Path, threads: int = 0) -> s
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def digests_of(memory: Path) -> dict[str, str]:
+    """SHA-256 of the files that `content_hash` read, by their names, from its memory."""
+    return {name: facts[2] for name, facts in _seen(memory).items()}
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, which may be larger than the memory; OSError where it cannot be read."""
     with path.open("rb") as file:

@@ -25,7 +25,8 @@ from jaxhisto.errors import ConfigError, ExportError, JaxhistoError, StoreError
 from jaxhisto.progress import Progress
 from jaxhisto.study.cells import Entry, Ready, applies
 from jaxhisto.study.file import Study, rooted_encoder, rooted_task
-from jaxhisto.study.hashes import task_hashes
+from jaxhisto.study.hashes import digests_of, task_hashes
+from jaxhisto.tasks.copies import copies_across
 from jaxhisto.tasks.splits import task_split, write_split
 from jaxhisto.tasks.task import open_task
 
@@ -90,6 +91,11 @@ def open_tasks(study: Study, root: str, out: Path, threads: int) -> list[Ready]:
             )
         say("\n".join([f"[{name}] {task.summary()[0]}", *task.summary()[1:], split.summary()]))
         hashes = task_hashes(task, config, out / HASHES / name, threads)
+        digests = digests_of(out / HASHES / f"{name}.json")
+        if digests.keys() >= set(task.names):  # no windows, whose files are those of whole images
+            copies = copies_across(task, split, digests)
+            if copies:
+                warn(copies)
         tasks.append(Ready(name, config, task, split, *hashes))
         try:
             write_split(out / SPLITS / f"{name}.json", split, task,

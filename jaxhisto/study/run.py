@@ -32,13 +32,15 @@ from jaxhisto.study.cells import (
     write_cell,
 )
 from jaxhisto.study.file import Study, find_study, read_study
-from jaxhisto.study.plan import FeatureCache, open_entries, open_tasks
+from jaxhisto.study.plan import HASHES, SPLITS, FeatureCache, open_entries, open_tasks
 from jaxhisto.study.report import figure_name, label_curves, markdown, page, shown
 from jaxhisto.study.results import MEASURES, PARTS, collect, parts_of
 from jaxhisto.study.settings import SETTINGS
 from jaxhisto.study.tables import tables_of
 
-FAILURES, LOCK = "failures.json", ".lock"
+FAILURES, LOCK, RECORD = "failures.json", ".lock", "study.json"
+BEGUN = (HASHES, SPLITS)
+"""What a start may leave that was ended before its `RECORD`."""
 OURS = re.compile(rf"[a-z]+-({'|'.join(PARTS)})-({'|'.join(MEASURES)})\.(csv|md|tex|png)")
 """Names of tables and figures of a part."""
 
@@ -77,7 +79,7 @@ def run_study(config: StudyConfig) -> Studied:
         say(f"{counted(len(cells), 'cell')}, {earlier:,} of them finished by an earlier start")
         if config.plan:
             return Studied(out, len(cells), earlier, ())
-        _write(out / "study.json", _facts(path, study, entries, tasks))
+        _write(out / RECORD, _facts(path, study, entries, tasks))
         failures = compute(cells, out)
         write_report(study, entries, tasks, every, out, failures)
     return Studied(out, len(cells), earlier, tuple(failures))
@@ -195,6 +197,7 @@ def _chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds OUT for this process."""
+    _refuse_foreign(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK).open("w")
@@ -211,6 +214,23 @@ def _locked(out: Path) -> Iterator[None]:
                 "another --out."
             ) from error
         yield
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Refuses a folder that holds what no study wrote, as `.` or the one of the images.
+
+    Raises:
+      StoreError: naming the first; a study's own file and hidden files may lie there.
+    """
+    if not out.is_dir() or (out / RECORD).is_file():
+        return
+    other = [p for p in sorted(out.iterdir()) if p.name not in BEGUN and p.suffix != ".toml"]
+    other = [p for p in other if not p.name.startswith(".")]
+    if other:
+        raise StoreError(
+            f"{out}: holds {other[0].name}, which no study wrote; give --out an empty or new "
+            "folder."
+        )
 
 
 def _refuse_no_plots() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxhisto.metrics import FEW_GROUPS
 from jaxhisto.study.cells import Ready
 from jaxhisto.study.file import Study
 from jaxhisto.study.grids import NONE, Grid, decimals_of, number
@@ -208,7 +209,8 @@ def drawn(ready: Ready) -> str:
     groups = len({ready.task.groups[i] for i in rows})
     if groups == 1:
         return f"{len(rows):,} test images, all of one group: they say nothing of other groups"
-    return f"{groups:,} test groups of {len(rows):,} images"
+    narrow = ", of so few they are too narrow" if groups < FEW_GROUPS else ""
+    return f"{groups:,} test groups of {len(rows):,} images{narrow}"
 
 
 def decimals(part: Part, ready: Ready) -> int:

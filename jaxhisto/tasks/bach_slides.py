@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.console import counted
 from jaxhisto.data.labelled import drawn_order, few
 from jaxhisto.errors import StoreError
 from jaxhisto.special_files import no_pipe
@@ -33,6 +34,7 @@ WORDS = (("benign", 1), ("in situ", 2), ("in-situ", 2), ("invasive", 3))
 WINDOW = 1024  # px (paper)
 SHARES = (5, 3, 2)  # slides to train, validate and test on (paper)
 DRAWS = 32
+ELLIPSE, OPEN = "2", ("3", "4")  # ImageScope's types of region; open are arrows and rulers
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +55,14 @@ def bach_segmentation(config: TaskConfig) -> Task:
     """Windows of the slides with their masks; the group is the slide."""
     folder, slides = _slides(config.data)
     side = config.window or WINDOW
-    outlines = {name: read_outlines(outline_file(folder, name)) for name in slides}
+    left_out: list[str] = []
+    outlines = {name: read_outlines(outline_file(folder, name), left_out) for name in slides}
     images = SlideWindows(folder, slides)
     windows, lost = grid(slides, images.sizes, side)
     masks = OutlineMasks(folder, outlines, windows, side)
     notes = [*count_note(len(slides), 10), f"{lost:.1%} of the pixels, at edges, in no window"]
+    if left_out:
+        notes.append(f"{counted(len(left_out), 'region')} that enclose nothing: {few(left_out)}")
     if config.windows == "annotated":
         kept = [i for i in range(len(windows)) if masks.read(i).any()]
         notes.append(f"{len(windows) - len(kept):,} windows without annotation left out")
@@ -86,11 +91,15 @@ def bach_segmentation(config: TaskConfig) -> Task:
     return task.with_split(checked_split(task, *rows))
 
 
-def read_outlines(path: Path) -> list[Outline]:
+def read_outlines(path: Path, left_out: list[str] | None = None) -> list[Outline]:
     """The polygons of an ImageScope file, in its order.
 
+    Args:
+      left_out: what encloses nothing is added to it, by name: arrows, rulers, outlines of fewer
+        than three corners, as a slip of the hand leaves them.
+
     Raises:
-      StoreError: not there, no XML, or a region of unknown class or fewer than three corners.
+      StoreError: not there, no XML, an ellipse, or a region of unknown class.
     """
     try:
         root = ElementTree.fromstring(no_pipe(path).read_bytes())
@@ -98,13 +107,19 @@ def read_outlines(path: Path) -> list[Outline]:
         raise StoreError(f"{path}: cannot be read as XML ({error}); unpack it again.") from error
     outlines = []
     for region in root.iter("Region"):
+        name = f"region {region.get('Id')}"
+        if region.get("Type") == ELLIPSE:
+            raise StoreError(f"{path}: {name} is an ellipse; outline it by hand.")
+        if region.get("Type") in OPEN or sum(1 for _ in region.iter("Vertex")) < 3:
+            (left_out if left_out is not None else []).append(f"{path.name} {name}")
+            continue
         text = " ".join(
             [region.get("Text") or "", *(a.get("Value") or "" for a in region.iter("Attribute"))]
         ).lower()
         labels = {label for word, label in WORDS if word in text}
         if len(labels) != 1:
             raise StoreError(
-                f"{path}: region {region.get('Id')} is called {text.strip()!r}, which is not one "
+                f"{path}: {name} is called {text.strip()!r}, which is not one "
                 f"of {', '.join(word for word, _ in WORDS)}; name it in the file."
             )
         try:
@@ -113,14 +128,7 @@ def read_outlines(path: Path) -> list[Outline]:
                 for v in region.iter("Vertex")
             ]
         except (KeyError, ValueError) as error:
-            raise StoreError(
-                f"{path}: region {region.get('Id')} has a vertex without X and Y; restore it."
-            ) from error
-        if len(points) < 3:
-            raise StoreError(
-                f"{path}: region {region.get('Id')} has {len(points)} corners, which enclose "
-                "nothing; remove it."
-            )
+            raise StoreError(f"{path}: {name} has a vertex without X and Y; restore it.") from error
         outlines.append(Outline(np.array(points, np.int32), labels.pop()))
     return outlines
 

@@ -43,7 +43,7 @@ def gleason2019(config: TaskConfig) -> Task:
     root, folder = _folders(config.data)
     maps: dict[str, list[Path]] = {}
     for expert in MAPS:
-        for path in sorted((root / expert).rglob(f"*{SUFFIX}")):
+        for path in sorted((root / expert).rglob(f"[!.]*{SUFFIX}")):  # macOS adds ._ files
             maps.setdefault(path.name.removesuffix(SUFFIX), []).append(path)
     there = image_names(folder)
     names = [n for n in there if Path(n).stem in maps]

@@ -18,6 +18,7 @@ from jaxhisto.data.named_images import read_bytes
 from jaxhisto.errors import StoreError
 from jaxhisto.special_files import no_pipe
 
+LOSSY = (".jpg", ".jpeg")
 IDS = ("1", "L", "P", "I;16", "I;16B", "I;16L", "I")  # Pillow's modes of one whole number a pixel
 SAVE = "save it as one channel of class ids (PNG, 8 or 16 bits)"
 
@@ -40,13 +41,19 @@ class MaskFiles:
         """Mask i, (h, w) uint8, each below C.
 
         Raises:
-          StoreError: it cannot be read, is a colour picture, or holds other numbers.
+          StoreError: it cannot be read, is a colour picture or a JPEG of more than 0 and 255, or
+            holds other numbers.
         """
         path = self.paths[i]
         ids = read_ids(path)
+        found = np.flatnonzero(np.bincount(ids.reshape(-1))) if ids.min() >= 0 else np.unique(ids)
+        if path.suffix.lower() in LOSSY and not np.isin(found, (0, 255)).all():
+            raise StoreError(
+                f"{path}: is a JPEG, which changes ids where they meet ({len(found):,} numbers, "
+                f"such as {found[len(found) // 2]}); make it anew as PNG from what it was made of."
+            )
         if self.instances:
             return (ids > 0).astype(np.uint8)
-        found = np.flatnonzero(np.bincount(ids.reshape(-1))) if ids.min() >= 0 else np.unique(ids)
         if self.classes == 2 and np.isin(found, (0, 255)).all():
             return (ids > 0).astype(np.uint8)
         wrong = found[(found < 0) | (found >= self.classes)]

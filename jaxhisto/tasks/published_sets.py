@@ -8,6 +8,7 @@ so that splits keep it whole; the paper divided by image (`--task.split-by image
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -73,12 +74,15 @@ def nct_crc(config: TaskConfig) -> Task:
     """
     train_folder = find_folder(config.data, NCT_TRAIN, NCT)
     test_folder = find_folder(config.data, NCT_TEST, NCT)
-    root = train_folder.parent
-    if test_folder.parent != root:
-        raise StoreError(f"{config.data}: {NCT_TRAIN} and {NCT_TEST} have to lie side by side.")
+    # Unpacked into a folder each, they lie in folders of their own names.
+    root = Path(os.path.commonpath([train_folder, test_folder]))
     classes = config.classes or NCT
     parts = [read_labelled(folder, classes=classes) for folder in (train_folder, test_folder)]
-    names = tuple(f"{part.folder.name}/{name}" for part in parts for name in part.names)
+    names = tuple(
+        f"{part.folder.relative_to(root).as_posix()}/{name}"
+        for part in parts
+        for name in part.names
+    )
     task = labelled_task(
         "NCT-CRC",
         Labelled(root, names, np.concatenate([part.labels for part in parts]), tuple(classes)),

@@ -11,6 +11,8 @@ from jaxhisto.data.labelled import few
 from jaxhisto.errors import StoreError
 
 DEEPEST = 5  # folders below the one named that are searched
+APPLE = "__MACOSX"
+"""Where archives packed on macOS keep its attributes: the same folders, without the files."""
 
 
 def find_folder(data: str, name: str, holds: Sequence[str]) -> Path:
@@ -68,7 +70,7 @@ def _folders(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(
-                (e for e in entries if e.is_dir() and not e.name.startswith(".")),
+                (e for e in entries if e.is_dir() and e.name != APPLE and e.name[0] != "."),
                 key=lambda entry: entry.name,
             )
     except OSError as error:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Literal, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxhisto.data.label_table import few, same_but_for_case
 from jaxhisto.data.named_images import Images, centre_mask, load_squares
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.task_config import TaskConfig
@@ -191,6 +193,9 @@ def open_task(config: TaskConfig) -> Task:
     """
     if not config.data:
         raise StoreError("no images are named; pass the folder of the task with --task.data.")
+    twice = [name for name in config.classes if config.classes.count(name) > 1]
+    if twice:
+        raise ConfigError(f"--task.classes names {twice[0]} twice; name each class once.")
     if config.layout == "auto":
         from jaxhisto.tasks.task_files import open_files  # the readers build on this module
 
@@ -210,4 +215,28 @@ def open_task(config: TaskConfig) -> Task:
                 f"{config.layout} have the paper's unit."
             )
         task = READERS[config.layout](config)
-    return replace(task, groups=None) if config.split_by == "image" else task
+    _refuse_unwritable(config.data, task.names)
+    if config.split_by == "image":
+        return replace(task, groups=None)
+    alike = same_but_for_case(task.groups or ())
+    if alike:
+        pairs = few([" and ".join(names) for names in alike])
+        note = f"groups that differ in case alone are taken for two: {pairs}"
+        task = replace(task, notes=(*task.notes, note))
+    return task
+
+
+def _refuse_unwritable(folder: str, names: Sequence[str]) -> None:
+    """Refuses names that are no UTF-8, as of archives with umlauts: no split can be written."""
+    bad = [name for name in names if not name.isascii() and _has_surrogates(name)]
+    if bad:
+        shown = few([os.fsencode(name).decode("utf-8", "backslashreplace") for name in bad])
+        raise StoreError(
+            f"{folder}: {len(bad):,} file names are not written in UTF-8 ({shown}); rename them, "
+            "for instance by `convmv -f latin1 -t utf8 -r --notest`."
+        )
+
+
+def _has_surrogates(name: str) -> bool:
+    """Whether a name holds what stands for bytes that are no UTF-8 (PEP 383)."""
+    return any("\udc80" <= letter <= "\udcff" for letter in name)

@@ -94,7 +94,7 @@ def numbers(table: Path, rows: Sequence[tuple[str, str]], what: str) -> list[flo
 
     def finite(text: str) -> float:
         try:
-            return float(text)
+            return math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
         except ValueError:
             return math.nan
 
@@ -171,6 +171,13 @@ def _segmentation(config: TaskConfig) -> Task:
             f"{masks}: no mask has the name of an image in {folder} (but for the suffix); give "
             "each the name of its image."
         )
+    of_stem: dict[str, str] = {}
+    for name in names:
+        other = of_stem.setdefault(_stem(name), name)
+        if other != name:  # most likely one image in two formats, on both sides of a split
+            raise StoreError(
+                f"{folder}: {other} and {name} would share the mask {found[_stem(name)]}; keep one."
+            )
     notes = _left_out(
         sorted(set(found.values()) - {found[_stem(n)] for n in names}),
         [n for n in there if _stem(n) not in found],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -304,6 +307,8 @@ def test_retrieval_finds_the_colour(jaxhisto, images, features, tmp_path):
     assert "would replace" in refusal(jaxhisto(*asked), 2)
     result = jaxhisto("retrieve", features, "--query", "4.png", "--out", tmp_path / "n.png")
     assert "--query 4.png: no row" in refusal(result, 2)
+    result = jaxhisto("retrieve", features, "--query", "--out", tmp_path / "n.png")
+    assert "--query names no tile" in refusal(result, 2)
     result = jaxhisto("retrieve", features, "--query", "04.png", "--out", tmp_path / "n.jpg")
     assert "ends in .png" in refusal(result, 2)
 
@@ -348,3 +353,12 @@ def test_small_things():
     assert [bar_length(0.5, 50), bar_length(1, 9.9), bar_length(2, 60)] == [20, 5, 100]
     many = colours(np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32))
     assert len(set(many)) > 290
+
+
+def test_a_sheet_of_images_whose_names_are_no_utf8(jaxhisto, images, tmp_path):
+    """A ZIP of Windows leaves them; nothing of a sheet depends on how they are written."""
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for path in sorted(folder.rglob("*.png")):
+        os.rename(path, os.fsencode(path.parent) + b"/gr\xfc " + os.fsencode(path.name))
+    code, said, err = jaxhisto("sheet", folder, "--out", tmp_path / "s.png")
+    assert (code, "1 dataset" in said) == (0, True), err

@@ -237,3 +237,25 @@ def test_leakage_is_found_by_content_in_folders_and_by_slide_in_stores(folder, r
     ]
     clean = DataConfig(stores=(str(store),), exclude=("b.svs",))
     assert found.leakage(open_tiles(clean), found.digests()) == []
+
+
+def test_cells_without_value_are_no_class(folder, rows, tmp_path):
+    rows[0], rows[1] = ("a", "a/0.png", "nan"), ("a", "a/1.png", "NA")
+    with pytest.raises(StoreError, match="2 images of class 'nan', as programs write a cell with"):
+        read(folder, rows, tmp_path)
+    assert read(folder, rows, tmp_path, classes=("stroma", "tumour")).other == 2
+    assert "NA" in read(folder, rows, tmp_path, classes=("NA", "tumour")).classes
+    rows[0] = rows[1] = ("a", "a/1.png", "")
+    rows[2] = ("a", "a/2.png", "none")
+    assert "none" in read(folder, rows[1:], tmp_path).classes  # a grade
+
+
+def test_classes_that_differ_in_case_alone_are_refused(folder, rows, tmp_path):
+    rows[0] = ("a", "a/0.png", "Tumour")
+    with pytest.raises(StoreError, match="Tumour and tumour are two classes that differ in case"):
+        read(folder, rows, tmp_path)
+    assert read(folder, rows, tmp_path, classes=("stroma", "tumour")).other == 1
+    names = [f"{c}/{i}.png" for c in ("TUM", "tum", "STR") for i in range(2)]
+    made = write_pngs(tmp_path / "classes", {n: noise(8, 8) for n in names})
+    with pytest.raises(StoreError, match="TUM and tum are two classes"):
+        read_labelled(made)

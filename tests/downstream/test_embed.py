@@ -256,6 +256,10 @@ def test_refusals_name_this_verbs_flags(place, jaxhisto, tmp_path):
     assert said.endswith("is listed twice in the tiles given; remove one of them.")
     said = refusal(jaxhisto(*line, "--exclude", "*.png", *to))
     assert said.endswith("take the folder out of the tiles given or change --exclude.")
+    slides = ("--exclude", "b.png", "--per-slide", tmp_path / "each")
+    said = refusal(jaxhisto(*line, *slides, *to), 2)  # before the work
+    assert said.endswith("images holds tiles of no slide; leave it out.")
+    assert not (tmp_path / "f.h5").exists()
 
 
 def test_a_stain_that_the_rule_does_not_fit_is_told_once_a_slide(jaxhisto, tmp_path):

@@ -246,9 +246,13 @@ def test_a_layer_of_another_encoder_is_refused(place, jaxhisto, tmp_path):
 def test_a_finished_folder_is_read_and_others_are_refused(place, jaxhisto, tmp_path):
     out = place / "done"
     before = (out / "result.json").stat().st_mtime_ns
+    (out / "checkpoints").mkdir()  # left by a kill
     code, said, _ = jaxhisto(*line(place, out, *STEP))
     assert code == 0
     assert "is finished" in said
+    assert not (out / "checkpoints").exists()
+    score = json.loads((out / "result.json").read_text())["test"]["accuracy"]
+    assert f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" in said
     said = refusal(jaxhisto(*line(place, out, *STEP, "--freeze", "bn", "--training.seed", 3)))
     assert "training.seed: 0 -> 3" in said
     assert "freeze: none -> bn" in said
@@ -300,7 +304,8 @@ def test_an_encoder_that_cannot_be_trained(place, jaxhisto, tmp_path):
 
 def test_a_task_that_cannot_be_learnt(place, jaxhisto, tmp_path):
     out = line(place, tmp_path / "out", *STEP)
-    said = refusal(jaxhisto(*out, "--task.classes", RED, RED))
+    said = refusal(jaxhisto(*out, "--task.classes", RED, RED), 2)
+    assert f"names {RED} twice" in said
     one = tmp_path / "one.csv"
     one.write_text("file,label\n" + "".join(f"{i:02d}.png,red\n" for i in range(8)))
     said = refusal(jaxhisto(*out, "--task.labels", one))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from made_sets import write_images
 
+from jaxhisto.downstream.predict import find_inputs
 from jaxhisto.downstream.predictions import mask_path, open_predictions
-from jaxhisto.errors import RunError
+from jaxhisto.errors import ConfigError, RunError
+from jaxhisto.training_config import PredictConfig
 
 HOW = {"unet_sha256": "a" * 64, "window_px": 64}
 INPUTS = {"a": "1", "deep/b": "2", "c": "3"}
@@ -20,7 +25,7 @@ def made(out: Path, *names: str, how: dict = HOW, force: bool = False) -> list[s
         kept = [name for name in INPUTS if done.kept(name)]
         for name in names:
             assert not done.kept(name)
-            mask_path(out, name).parent.mkdir(exist_ok=True)
+            mask_path(out, name).parent.mkdir(parents=True, exist_ok=True)
             mask_path(out, name).write_bytes(b"mask")
             done.add({"name": name, "stamp": INPUTS[name]})
     return kept
@@ -91,3 +96,31 @@ def test_two_processes_at_once_are_refused(tmp_path: Path) -> None:
         open_predictions(tmp_path, HOW, INPUTS),
     ):
         pass
+
+
+def test_nothing_to_predict_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no image or slide is named; give files or folders"):
+        find_inputs(PredictConfig((), unet="", out=str(tmp_path)))
+
+
+def test_what_was_written_among_the_images_is_no_image(tmp_path: Path) -> None:
+    """The same line again, with its masks beside or below the images, also after a kill."""
+    images = tmp_path / "images"
+    write_images(images, {f"{name}.png": np.zeros((8, 8, 3), np.uint8) for name in INPUTS})
+    (images / "._a.png").write_bytes(b"as macOS adds it")
+    for out in (images, images / "masks"):
+        config = PredictConfig((str(images),), unet="", out=str(out))
+
+        def found(config: PredictConfig = config) -> list[str]:
+            return [one.name for one in find_inputs(config)]
+
+        assert found() == ["a", "c", "deep/b"]
+        made(out, "a", "deep/b")
+        mask_path(out, "c").write_bytes(b"whole, and not yet in the record")
+        assert found() == ["a", "c", "deep/b"]
+        shutil.copy(images / "a.png", out / "x.mask.png")  # of no image: nobody wrote it
+        assert "x.mask" in str(found())
+        (out / "x.mask.png").unlink()
+        for path in (mask_path(out, name) for name in INPUTS):
+            path.unlink()
+        (out / "predictions.json").unlink()

@@ -186,11 +186,52 @@ def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_p
     feeding = ("--mean", 0, 0, 0, "--std", 1, 1, 1)
     said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *feeding), 2)
     assert "holds features; leave them out" in said
+    line = ("probe", tmp_path / "gone" / "encoder.pth", *task, "--out", tmp_path / "p.json")
+    assert "encoder.pth: does not exist; check the path" in refusal(jaxhisto(*line))
+    said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", "--probes"), 2)
+    assert "--probes names none; name one of them" in said
+    few = ("--select", "groups", "--percent", 5)
+    said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *few), 2)
+    assert "fits on all validation images too, which makes more of --percent 5 than" in said
     code, said, err = jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path)
     assert (code, said) == (1, "")
     assert "is a folder; give --out a file" in err
     line = ("embed", "handmade", place / "images", "--out", tmp_path / "f.h5", "--layer", 2)
     assert "handmade has no layers; leave it out" in refusal(jaxhisto(*line), 2)
+
+
+def test_nothing_of_the_users_is_written_over(place, jaxhisto, tmp_path):
+    line = ("probe", place / "f.h5", "--task.data", place / "images", "--probes", "knn", *FEW)
+    table = Path(shutil.copy(place / "numbers.csv", tmp_path / "labels.csv"))
+    image = Path(shutil.copy(place / "images/dark/00.png", tmp_path / "a.png"))
+    other = tmp_path / "other.json"
+    other.write_text('{"format": "theirs"}')
+    mine = tmp_path / "split-mine.json"
+    mine.write_text('["a list of mine"]')
+    before = {path: path.read_bytes() for path in (table, image, other, mine)}
+    for path in (table, image, other, tmp_path / "mine.json"):
+        code, said, err = jaxhisto(*line, "--out", path)
+        assert (code, said) == (1, "")
+        assert "exists and is nothing that `jaxhisto probe` wrote; give another --out" in err
+    assert {path: path.read_bytes() for path in before} == before
+    code, said, err = jaxhisto(*line, "--out", table / "p.json")  # before the work, not after it
+    assert (code, said) == (1, "")
+    assert "is no folder to write in" in err
+    for _ in range(2):  # its own record it replaces
+        assert jaxhisto(*line, "--out", tmp_path / "new" / "p.json")[0] == 0
+
+
+def test_a_test_image_that_is_trained_on_is_told(place, jaxhisto, tmp_path):
+    images = Path(shutil.copytree(place / "images", tmp_path / "images"))
+    line = ("probe", "handmade", "--task.data", images, "--task.side", 32, "--probes", "knn", *FEW)
+    code, _, err = jaxhisto(*line, "--out", tmp_path / "p.json")
+    assert (code, "copy of" in err) == (0, False)
+    split = read_json(tmp_path / "split-p.json")
+    shutil.copy(images / split["train"][0], images / split["test"][0])
+    code, _, err = jaxhisto(*line, "--out", tmp_path / "p.json")
+    assert code == 0
+    assert "1 test image of 10 is a copy of what is trained or chosen on" in err
+    assert f"({split['test'][0]} = {split['train'][0]})" in err
 
 
 def test_sets_that_cannot_be_probed(place, jaxhisto, tmp_path):

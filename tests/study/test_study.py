@@ -151,3 +151,14 @@ def test_means_of_which_cells_are_missing_are_marked(place, small, tmp_path):
     lost.unlink()
     assert run(small, "--root", place, "--out", out, "--only", "*/linear") == 0
     assert "*" in (out / "tables" / "summary-last-layer-paper.md").read_text()
+
+
+def test_a_folder_of_something_else_is_no_studys(place, small, tmp_path, capsys):
+    (tmp_path / "report.html").write_text("mine")
+    line = (small, "--root", place, "--out", tmp_path, "--plan")
+    assert run(*line) == 1
+    assert "holds report.html, which no study wrote; give --out an empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    (tmp_path / "report.html").rename(tmp_path / "mine.toml")  # its own file may lie there
+    for _ in range(2):
+        assert run(*line) == 0

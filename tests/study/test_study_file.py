@@ -56,6 +56,10 @@ REFUSED = [
         ('title = "Two sets"', 'paper = "D.1"'),
         "paper 'D.1': is no table of trained encoders; there is D.7",
     ),
+    (
+        ("epochs = 4", 'select = "groups"'),
+        "fits on all validation images too, which makes more",
+    ),
     (('title = "Two sets"', 'paper = "D.8"'), "D.8 stands beside last_layer by itself"),
 ]
 

@@ -167,7 +167,6 @@ def test_windows_of_a_real_slide(shared_data, tmp_path):
     [
         (("", "Necrosis", box(0, 0, 9, 9)), "region 1 is called 'necrosis'"),
         (("Benign", "Carcinoma in situ", box(0, 0, 9, 9)), "region 1 is called 'benign carcinoma"),
-        (("Benign", "", [(0, 0), (9, 9)]), "region 1 has 2 corners"),
         (("Benign", "", [("", 0), (9, 9), (3, 3)]), "region 1 has a vertex without X and Y"),
     ],
 )
@@ -178,6 +177,25 @@ def test_outlines_that_are_refused(tmp_path, outline, match):
     (tmp_path / "A01.xml").write_text("<Annotations>")
     with pytest.raises(StoreError, match="cannot be read as XML"):
         read_outlines(tmp_path / "A01.xml")
+
+
+def test_regions_that_enclose_nothing_are_told(tmp_path):
+    slips = [("", "", [(0, 0), (9, 9)]), ("Benign", "", [(3, 3)]), ("Benign", "", box(0, 0, 9, 9))]
+    put_slide(tmp_path, "A01", noise(20, 20), slips)
+    left_out: list[str] = []
+    assert len(read_outlines(tmp_path / "A01.xml", left_out)) == 1
+    assert left_out == ["A01.xml region 1", "A01.xml region 2"]
+    text = (tmp_path / "A01.xml").read_text()
+    (tmp_path / "A01.xml").write_text(text.replace('Id="3" Type="0"', 'Id="3" Type="4"'))
+    assert read_outlines(tmp_path / "A01.xml") == []  # a ruler
+    (tmp_path / "A01.xml").write_text(text.replace('Id="1" Type="0"', 'Id="1" Type="2"'))
+    with pytest.raises(StoreError, match="region 1 is an ellipse"):
+        read_outlines(tmp_path / "A01.xml")
+    for i in range(1, 4):
+        outlines = [("Benign", "", box(0, 0, 9, 9)), ("", "", [(1, 1)])]
+        put_slide(tmp_path / "set", f"A{i:02}", noise(20, 20), outlines)
+    notes = opened("bach_segmentation", tmp_path / "set", window=16).notes
+    assert "3 regions that enclose nothing: A01.xml region 2, A02.xml region 2, A03.xml" in notes[2]
 
 
 def test_slides_that_are_refused(tmp_path):

@@ -149,6 +149,20 @@ def test_nct_is_tested_on_crc_val(nct):
         "CRC-VAL-HE-7K: published with 7,180 images, 18 here",
     )
     assert task.load(split.test[:2], 8).shape == (2, 8, 8, 3)
+    for name in ("NCT-CRC-HE-100K", "CRC-VAL-HE-7K"):  # as Windows unpacks, into a folder each
+        (nct / name).rename(nct / "whole")
+        (nct / name).mkdir()
+        (nct / "whole").rename(nct / name / name)
+    (nct / "__MACOSX" / "CRC-VAL-HE-7K" / "CRC-VAL-HE-7K").mkdir(parents=True)
+    for label in NCT:
+        (nct / "__MACOSX" / "CRC-VAL-HE-7K" / label).mkdir()
+    apart = opened("nct_crc", nct)
+    assert apart.names[0] == "NCT-CRC-HE-100K/NCT-CRC-HE-100K/ADI/ADI-0000.tif"
+    assert len(apart.fixed.test) == 18
+    assert apart.load(apart.fixed.test[:2], 8).shape == (2, 8, 8, 3)
+    (nct / "CRC-VAL-HE-7K" / "CRC-VAL-HE-7K").rename(nct / "whole")
+    (nct / "CRC-VAL-HE-7K").rmdir()
+    (nct / "whole").rename(nct / "CRC-VAL-HE-7K")
     (nct / "CRC-VAL-HE-7K" / "TUM").rename(nct / "CRC-VAL-HE-7K" / "tumour")
     with pytest.raises(StoreError, match=r"no folder CRC-VAL-HE-7K with ADI, .*unpack the archive"):
         opened("nct_crc", nct)
@@ -303,6 +317,8 @@ def test_gleason_maps_that_are_refused(gleason):
     with pytest.raises(StoreError, match=r"is a colour picture"):
         opened("gleason2019", gleason)
     one.write_bytes(good)
+    (one.parent / f"._{one.name}").write_bytes(b"as macOS adds it")
+    assert not any("without their image" in note for note in opened("gleason2019", gleason).notes)
     (gleason / "Train Imgs" / "slide001_core003.jpg").unlink()
     put(gleason / "Train Imgs" / "slide004_core099.jpg", noise(20, 24))
     notes = opened("gleason2019", gleason).notes

@@ -91,6 +91,14 @@ def test_labels_in_a_file(folder, tmp_path):
     assert {task.groups[i] for i in split.test} == {"p0", "p1"}
 
 
+def test_groups_that_differ_in_case_alone_are_told(folder, tmp_path):
+    rows = [(f"{c}/{i}.png", c, f"{p}{i}") for c, p in ("ap", "bP") for i in range(4)]
+    table = write_csv(tmp_path / "t.csv", [("file", "grade", "patient"), *rows])
+    config = TaskConfig(data=str(folder), labels=table, label="grade", group="patient")
+    told = "groups that differ in case alone are taken for two: P0 and p0, P1 and p1, P2 and p2"
+    assert told in open_task(config).notes[-1]
+
+
 def test_numbers_in_a_file(folder, tmp_path):
     rows = [("file", "share"), *((f"{c}/{i}.png", i / 8) for c in "ab" for i in range(4))]
     rows += [("c/0.png", ""), ("gone.png", 1)]
@@ -109,7 +117,7 @@ def test_numbers_in_a_file(folder, tmp_path):
         task.labels  # noqa: B018
 
 
-@pytest.mark.parametrize("cell", ["high", "nan", "inf", "0,5"])
+@pytest.mark.parametrize("cell", ["high", "nan", "inf", "0,5", "1_0"])
 def test_targets_that_are_no_numbers_are_named(folder, tmp_path, cell):
     rows = [("file", "share"), ("a/0.png", 0.5), ("a/1.png", cell), ("a/2.png", 1)]
     table = write_csv(tmp_path / "t.csv", rows)
@@ -160,6 +168,16 @@ def test_masks_in_every_form_that_says_class_ids(tmp_path):
     for name, image in forms.items():
         image.save(tmp_path / name)
         np.testing.assert_array_equal(MaskFiles((tmp_path / name,), 2).read(0), ids, err_msg=name)
+
+
+def test_jpeg_masks_are_taken_where_they_are_exact_alone(tmp_path):
+    half = np.full((16, 16), 255, np.uint8) * (np.arange(16) > 7)
+    Image.fromarray(half).save(tmp_path / "exact.jpg", quality=100)
+    Image.fromarray(np.roll(half, 3, 1)).save(tmp_path / "rings.jpg", quality=60)
+    for instances in (False, True):
+        assert MaskFiles((tmp_path / "exact.jpg",), 2, instances).read(0).mean() == 0.5
+        with pytest.raises(StoreError, match=r"rings\.jpg: is a JPEG, which changes ids where"):
+            MaskFiles((tmp_path / "rings.jpg",), 2, instances).read(0)
 
 
 def test_numbered_instances_become_foreground(tmp_path):
@@ -268,14 +286,11 @@ def test_masks_and_images_without_the_other_are_listed(pair):
         ({"data": "{empty}"}, StoreError, "no images .* in here"),
         ({"data": "{images}", "label": "x", "target": "y"}, ConfigError, "two tasks; name one"),
         ({"data": "{images}", "target": "y"}, ConfigError, "name its CSV file by --task.labels"),
-        (
-            {"data": "{images}", "group_pattern": "(x"},
-            ConfigError,
-            "--task.group-pattern '.x': .*mend",
-        ),
+        ({"data": "{images}", "group_pattern": "(x"}, ConfigError, "-pattern '.x': .*mend"),
         ({"data": "{images}", "group_pattern": "x"}, ConfigError, r"put \( \) around"),
         ({"data": "{images}", "group_pattern": "a/(.)"}, StoreError, r"no group of 8 images \(b/0"),
         ({"data": "{images}", "group": "p", "group_pattern": "(.)"}, ConfigError, "both say what"),
+        ({"data": "{images}", "classes": ("a", "a")}, ConfigError, "names a twice; name each"),
         ({"data": "{images}", "window": 8}, ConfigError, "--task.window cuts images with masks"),
         ({"data": "{images}/a"}, StoreError, "no image has a label|all 4 images"),
         ({"data": "{images}", "masks": "{images}", "classes": ("one",)}, ConfigError, "names 1;"),
