@@ -15,10 +15,11 @@ def copies_across(task: Task, split: Split, digests: Mapping[str, Hashable]) -> 
     Copies of the same bytes alone are found; `jaxhisto leakage` finds re-encoded ones too.
 
     Args:
-      digests: of the file of each image in the split, by its name.
+      digests: of the file of each image that is used, by its name; with few per cent of the labels
+        not all of the split's training part are.
     """
-    learnt = {digests[task.names[i]]: task.names[i] for part in (split.validation, split.train)
-              for i in part}  # fmt: skip
+    learnt_on = [task.names[i] for part in (split.validation, split.train) for i in part]
+    learnt = {digests[name]: name for name in learnt_on if name in digests}
     tested = [task.names[i] for i in split.test]
     twice = [f"{name} = {learnt[digests[name]]}" for name in tested if digests[name] in learnt]
     if not twice:

@@ -126,6 +126,9 @@ def test_one_step_is_pytorchs(place: Path, tmp_path: Path, freeze: str, kind: st
     for name, theirs in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert_stepped_alike(name, after[name], theirs.numpy(), along.get(name))
+    # Predictions are those of the weights as we have them: where a slope is all but zero, Adam's
+    # first step has the sign of its rounding, and that may be another one in PyTorch.
+    network.load_state_dict({k: torch.tensor(v) for k, v in after.items()}, strict=True)
     network.eval()
     with torch.inference_mode():
         out = network(fed(known.load(test, SIDE)))
@@ -133,7 +136,7 @@ def test_one_step_is_pytorchs(place: Path, tmp_path: Path, freeze: str, kind: st
     found = {r["name"]: r for r in rows_of(tmp_path / "out" / "predictions.csv")}
     columns = [f"score_{c}" for c in known.classes] or ["predicted"]
     ours = np.array([[float(found[known.names[i]][c]) for c in columns] for i in test])
-    np.testing.assert_allclose(ours, theirs.reshape(ours.shape), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(ours, theirs.reshape(ours.shape), rtol=2e-5, atol=2e-5)
 
 
 def test_the_folder_says_what_was_done(place: Path) -> None:

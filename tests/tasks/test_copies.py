@@ -22,3 +22,5 @@ def test_test_images_that_are_learnt_from_are_told():
     said = copies_across(task, split, own | {"i000008": "i000002", "i000011": "i000007"})
     assert "2 test images of 4 are copies" in said
     assert "(i000008 = i000002, i000011 = i000007)" in said
+    few = dict.fromkeys(("i000000", "i000008", "i000009", "i000010", "i000011"), "same")
+    assert "4 test images of 4" in copies_across(task, split, few)  # of few labels some are used
