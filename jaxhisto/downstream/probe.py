@@ -29,6 +29,7 @@ from jaxhisto.downstream.probing import Divided, Probed, Settings, probe
 from jaxhisto.downstream_config import ProbeConfig
 from jaxhisto.errors import ConfigError, StoreError
 from jaxhisto.runlog import environment, write_atomically
+from jaxhisto.task_config import TaskConfig
 from jaxhisto.tasks.copies import copies_across
 from jaxhisto.tasks.splits import fraction, task_split, write_split
 from jaxhisto.tasks.task import Split, Task, open_task
@@ -155,6 +156,12 @@ def cached(config: ProbeConfig, task: Task, digests: Digests) -> Rows:
                     f"({found.encoder_sha256[:12]}, and {config.encoder} is "
                     f"{encoder.sha256[:12]}); embed the images with this one."
                 )
+        fed = found.attributes.get("side", config.task.side)
+        if config.task.side not in (TaskConfig().side, fed):
+            raise ConfigError(
+                f"--task.side {config.task.side}: {config.features} holds features of images fed "
+                f"at {fed} px; leave it out, or embed with --tile-px {config.task.side}."
+            )
         row = {name: i for i, name in enumerate(found.names)}
         missing = [name for name in task.names if name not in row]
         if missing:

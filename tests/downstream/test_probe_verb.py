@@ -190,6 +190,9 @@ def test_what_would_be_ignored_or_lost_is_refused_at_once(place, jaxhisto, tmp_p
     assert "encoder.pth: does not exist; check the path" in refusal(jaxhisto(*line))
     said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", "--probes"), 2)
     assert "--probes names none; name one of them" in said
+    said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p",
+                            "--task.side", 96), 2)  # fmt: skip
+    assert "holds features of images fed at 32 px; leave it out, or embed with --tile-px" in said
     few = ("--select", "groups", "--percent", 5)
     said = refusal(jaxhisto("probe", place / "f.h5", *task, "--out", tmp_path / "p", *few), 2)
     assert "fits on all validation images too, which makes more of --percent 5 than" in said
