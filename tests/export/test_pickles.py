@@ -19,7 +19,7 @@ import torch
 from jaxhisto_export.errors import ExportFileError
 from jaxhisto_export.pickles import LazyTensor, Mapped, Stub, read_checkpoint
 
-SECONDS = 2.0  # of a processor, for any file; an idle core takes less than half of it
+SECONDS = 6.0  # of a processor, for any file; an idle core takes one at the most, a shared one two
 
 
 def outcome(path: Path) -> Any:
