@@ -22,7 +22,7 @@ from jaxhisto.console import say
 from jaxhisto.distributed import exchange, held_together, make_mesh, to_global
 from jaxhisto.pretrain.step import TrainState, init_state, make_train_step, replicate
 
-STEPS, BATCHES, SCHEDULE = 5, 3, 50
+STEPS, BATCHES, SCHEDULE = 5, 5, 50
 SIDE, TILE = 32, 48
 TOLERANCE = {
     "loss": 1e-5,
@@ -119,8 +119,9 @@ def compare(
 ) -> dict[str, Difference]:
     """The differences between the mesh and this process's first device.
 
-    Each is the worst of five steps, and the median of three batches: in about one batch of eight
-    the input of some ReLU rounds to the other side of 0, and gradients differ by 1e-3.
+    Each is the worst of five steps, and of each step the median of five batches: in about one of
+    forty steps the input of some ReLU rounds to the other side of 0, and gradients differ by 1e-3.
+    What is wrong with the code is so in every batch.
 
     Args:
       mesh: all devices, of all processes.
@@ -129,11 +130,15 @@ def compare(
     config = settings(max(16, 4 * mesh.size) // mesh.size * mesh.size)
     alone = Mesh(np.array(jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Explicit,))
     one, many = probe(config), (make_probe or probe)(config)
-    worst = [
-        worst_of_steps(config, (one, alone), (many, mesh), make_batch(config.batch_size, seed))
+    batches = [
+        differences(config, (one, alone), (many, mesh), make_batch(config.batch_size, seed))
         for seed in range(BATCHES)
     ]
-    return {name: median([batch[name] for batch in worst]) for name in TOLERANCE}
+    return {
+        name: max((median([batch[name] for batch in step]) for step in zip(*batches, strict=True)),
+                  key=badness)
+        for name in TOLERANCE
+    }  # fmt: skip
 
 
 def settings(batch_size: int) -> PretrainConfig:
@@ -165,20 +170,21 @@ def probe(config: PretrainConfig) -> Probe:
     return make_train_step(config, SCHEDULE, 1.0, with_gradient=True)
 
 
-def worst_of_steps(
+def differences(
     config: PretrainConfig,
     alone: tuple[Probe, Mesh],
     together: tuple[Probe, Mesh],
     batch: tuple[np.ndarray, np.ndarray],
-) -> dict[str, Difference]:
-    """The largest differences in five steps along the path of process 0's one device."""
+) -> list[dict[str, Difference]]:
+    """The largest differences at each of five steps along the path of process 0's one device."""
     with jax.set_mesh(alone[1]):
         state = jax.device_get(init_state(config, SCHEDULE, 1.0, alone[1]))
     share = config.batch_size // jax.process_count()
     first = jax.process_index() * share
     rows = tuple(array[first : first + share] for array in batch)
-    worst = dict.fromkeys(TOLERANCE, Difference(0.0, "nowhere"))
+    steps = []
     for step in range(STEPS):
+        worst = dict.fromkeys(TOLERANCE, Difference(0.0, "nowhere"))
         after, ours = outcome(*alone, state, batch)
         _, theirs = outcome(*together, state, rows)
         for name, tensors in ours.items():
@@ -188,7 +194,8 @@ def worst_of_steps(
                 worst[name] = max(worst[name], found, key=badness)
         # Two hosts' devices may round differently; all go on from the same state.
         state = multihost_utils.broadcast_one_to_all(after)
-    return worst
+        steps.append(worst)
+    return steps
 
 
 def outcome(step: Probe, mesh: Mesh, state: Any, rows: Any) -> tuple[Any, Outcome]:
