@@ -55,10 +55,8 @@ def write_unet(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """(exit code, what was said) of lines whose inputs are, or hold, named pipes."""
-    root = tmp_path_factory.mktemp("pipes")
+def make_pipes(root: Path) -> None:
+    """Slides, images and lists, and named pipes among them."""
     for folder in ("slides", "few", "beside", "images", "classes/one", "classes/two"):
         (root / folder).mkdir(parents=True)
     tifffile.imwrite(root / "slides" / "good.tif", pink(), photometric="rgb", tile=(64, 64),
@@ -77,6 +75,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     ):  # fmt: skip
         os.mkfifo(root / name)
     (root / "list.csv").write_text("path\nimages/good.png\nimages/pipe.png\n")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """(exit code, what was said) of lines whose inputs are, or hold, named pipes."""
+    root = tmp_path_factory.mktemp("pipes")
+    make_pipes(root)
 
     def embed(*inputs: str) -> list[str]:
         out = root / f"{len(lines)}.h5"
@@ -116,6 +121,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     lines["predict images"] = predict("images")
     lines["predict a slide"] = predict("slides/pipe.svs")
     lines["predict with a pipe"] = predict("images/good.png", unet="unet.safetensors")
+    return answered(root, lines)
+
+
+def answered(root: Path, lines: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
+    """The lines' answers, by a process of their own that is ended if one of them hangs."""
     (root / "lines.json").write_text(json.dumps(lines))
     (root / "run.py").write_text(RUN_LINES)
     files = [str(root / name) for name in ("run.py", "lines.json", "answers.json")]

@@ -119,21 +119,23 @@ def refuse_foreign(out: Path) -> None:
       StoreError: the file or the one of its split is something else, or their folder is none.
     """
     for path, key, value in ((out, "format", FORMAT), (split_beside(out), "task", None)):
-        if not path.exists():
-            continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            ours = value is None or found[key] == value
-            assert isinstance(found[key], str)
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
-            ours = False
-        if not ours:
+        if path.exists() and not _holds(path, key, value):
             raise StoreError(
                 f"{path}: exists and is nothing that `jaxhisto probe` wrote; give another --out."
             )
     there = next(parent for parent in out.absolute().parents if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise StoreError(f"{out}: {there} is no folder to write in; give another --out.")
+
+
+def _holds(path: Path, key: str, value: str | None) -> bool:
+    """Whether a file is a JSON object with a text of that key: the one given, or any."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    text = found.get(key) if isinstance(found, dict) else None
+    return isinstance(text, str) and value in (None, text)
 
 
 def cached(config: ProbeConfig, task: Task, digests: Digests) -> Rows:

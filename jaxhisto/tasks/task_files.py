@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,33 +171,13 @@ def _segmentation(config: TaskConfig) -> Task:
             f"{masks}: no mask has the name of an image in {folder} (but for the suffix); give "
             "each the name of its image."
         )
-    of_stem: dict[str, str] = {}
-    for name in names:
-        other = of_stem.setdefault(_stem(name), name)
-        if other != name:  # most likely one image in two formats, on both sides of a split
-            raise StoreError(
-                f"{folder}: {other} and {name} would share the mask {found[_stem(name)]}; keep one."
-            )
+    _refuse_shared(folder, names, found)
     notes = _left_out(
         sorted(set(found.values()) - {found[_stem(n)] for n in names}),
         [n for n in there if _stem(n) not in found],
         "a mask",
     )
-    groups = pattern_groups(names, config.group_pattern)
-    if config.group:
-        if not config.labels:
-            raise ConfigError(
-                f"--task.group {config.group} is a column; name its CSV file by --task.labels."
-            )
-        table = Path(config.labels).expanduser()
-        rows = label_rows(table, folder, config.file, config.group, config.group)
-        none = [n for n in names if not rows.get(n, ("", ""))[1]]
-        if none:
-            raise StoreError(
-                f"{table}: no {config.group} of {len(none):,} images ({few(none)}); an image of an "
-                "unknown group could be on both sides of a split: fill it in."
-            )
-        groups = tuple(rows[n][1] for n in names)
+    groups = _groups_of_masks(config, folder, names)
     instances = config.masks_are == "instances"
     classes = config.classes or FOREGROUND
     if len(classes) < 2 or (instances and len(classes) != 2) or len(classes) > 256:
@@ -226,6 +206,43 @@ def _segmentation(config: TaskConfig) -> Task:
         notes=(f"pixels: {shares}", *notes),
     )
     return windowed(task, sizes, config.window) if config.window else task
+
+
+def _refuse_shared(folder: Path, names: Sequence[str], masks: Mapping[str, str]) -> None:
+    """StoreError for two images of one stem, whose mask, by stem in `masks`, would be the same."""
+    of_stem: dict[str, str] = {}
+    for name in names:
+        other = of_stem.setdefault(_stem(name), name)
+        if other != name:  # most likely one image in two formats, on both sides of a split
+            raise StoreError(
+                f"{folder}: {other} and {name} would share the mask {masks[_stem(name)]}; keep one."
+            )
+
+
+def _groups_of_masks(
+    config: TaskConfig, folder: Path, names: Sequence[str]
+) -> tuple[str, ...] | None:
+    """The group of each image, of a column of the table or by the pattern; None: neither.
+
+    Raises:
+      ConfigError: a column without its table.
+      StoreError: an image without a group.
+    """
+    if not config.group:
+        return pattern_groups(names, config.group_pattern)
+    if not config.labels:
+        raise ConfigError(
+            f"--task.group {config.group} is a column; name its CSV file by --task.labels."
+        )
+    table = Path(config.labels).expanduser()
+    rows = label_rows(table, folder, config.file, config.group, config.group)
+    none = [n for n in names if not rows.get(n, ("", ""))[1]]
+    if none:
+        raise StoreError(
+            f"{table}: no {config.group} of {len(none):,} images ({few(none)}); an image of an "
+            "unknown group could be on both sides of a split: fill it in."
+        )
+    return tuple(rows[n][1] for n in names)
 
 
 def windowed(task: Task, sizes: Sequence[tuple[int, int]], side: int) -> Task:
